@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from lit_qlora import demo
@@ -93,10 +94,12 @@ def find_base(name: str, weights: bool = True) -> Base:
         return Base(name, name, known)
     if folder.exists():
         if not (folder / "config.json").is_file():
-            raise base_error(f"{name} has no config.json", remedy="a Hugging Face model folder is expected")
+            raise _no_base(name, folder)
         config_file, files = folder / "config.json", {path.name for path in folder.iterdir()}
         location = str(folder)
         _check_cloned(name, folder)
+    elif page := re.match(r"https?://[^/]+/([\w.-]+/[\w.-]+)", name, re.ASCII):
+        raise base_error(f"{name} is an address", remedy=f"of a model on the hub, give the id alone, {page[1]}")
     elif name.count("/") != 1 or name.startswith((".", "/", "~")):  # neither here nor an id of the hub
         beside = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
         near = nearest(folder.name, beside)
@@ -117,6 +120,18 @@ def find_base(name: str, weights: bool = True) -> Base:
     return base
 
 
+def _no_base(name: str, path: Path) -> UserError:
+    """The error for what is there without a config.json: often something that belongs to a base, or was made of it."""
+    if path.is_file():
+        return base_error(f"{name} is a file, expected a Hugging Face model folder", remedy="give the folder")
+    for adapter in (path, path / "adapter"):
+        if (adapter / ADAPTER).is_file():
+            what = "an adapter" if adapter == path else "the folder of a run"
+            remedy = f"give its base here, and to train it further --model.adapter {quote(str(adapter))}"
+            return base_error(f"{name} is {what}, expected a base", remedy=remedy)
+    return base_error(f"{name} has no config.json", remedy="a Hugging Face model folder is expected")
+
+
 def _check_cloned(name: str, folder: Path) -> None:
     """Raises UserError if files of a cloned folder are what git leaves of them without git-lfs."""
     for path in sorted(filter(Path.is_file, folder.iterdir())):
@@ -132,10 +147,11 @@ def _check_files(base: Base, files: Collection[str]) -> None:
     """Raises UserError if none of ``files`` holds loadable weights, or a folder lacks some of them."""
     tensors = sorted(file for file in files if file.endswith(".safetensors"))
     if not tensors and INDEX not in files:
-        raise base_error(
-            f"{base.name} has no .safetensors weights, and pickled ones are never read",
-            remedy="convert it (save_pretrained writes safetensors) or take another copy",
-        )
+        problem, remedy = f"{base.name} has no .safetensors weights", "download all of its files, or take another copy"
+        if any(file.endswith((".bin", ".pt", ".pth")) for file in files):
+            problem += ", and pickled ones are never read"
+            remedy = "convert it (save_pretrained writes safetensors) or take another copy"
+        raise base_error(problem, remedy=remedy)
     if not {WHOLE, INDEX} & {*files}:
         raise base_error(
             f"{base.name} has neither {WHOLE} nor {INDEX}, and {tensors[0]} is no name that transformers loads",

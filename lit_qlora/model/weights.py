@@ -65,7 +65,8 @@ def stored_tensors(base: Base) -> dict[str, Stored]:
             tensors = _tensors(file, state.st_mtime_ns, state.st_size)
         except (OSError, ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
             reason = unreadable(error)
-            raise base_error(f"the weights of {base.name} can't be read: {file.name}: {reason}") from error
+            problem = f"the weights of {base.name} can't be read: {file.name}: {reason}"
+            raise base_error(problem, remedy="download that file again, or take another copy") from error
         twice = sorted(found.keys() & tensors.keys())
         if twice:
             raise base_error(

@@ -127,7 +127,7 @@ def test_a_folder_without_config(tmp_path, expect_refusal):
 def test_a_file_is_no_folder(tmp_path, expect_refusal):
     file = tmp_path / "model.safetensors"
     file.touch()
-    expect_refusal(file, file, "no config.json", "Hugging Face")
+    expect_refusal(file, file, "a file", "Hugging Face", "give the folder")
 
 
 @pytest.mark.parametrize(
@@ -168,6 +168,22 @@ def test_a_clone_without_git_lfs_is_refused_by_its_first_pointer(tiny_folder, tm
     folder = shutil.copytree(tiny_folder, tmp_path / "clone")
     (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
     expect_error(lambda: find_base(str(folder)), f"{name} is a git-LFS pointer", "git lfs pull", option="model.base")
+
+
+def test_a_folder_without_weights_is_no_folder_of_pickled_ones(tmp_path, expect_error):
+    folder = model_folder(tmp_path / "model", CONFIG, ["model.gguf", "model.safetensors.incomplete"])
+    error = expect_error(lambda: find_base(str(folder)), "no .safetensors", "download all", option="model.base")
+    assert "pickled" not in str(error)
+
+
+def test_what_belongs_to_a_base_or_was_made_of_it_is_named(tmp_path, expect_error):
+    adapter = tmp_path / "mine" / "adapter"
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text("{}", encoding="utf-8")
+    for path, what in ((adapter, "is an adapter"), (tmp_path / "mine", "is the folder of a run")):
+        expect_error(lambda path=path: find_base(str(path)), what, f"--model.adapter {adapter}", option="model.base")
+    for page in ("https://huggingface.co/owner/Llama-2.7b", "https://huggingface.co/owner/Llama-2.7b/tree/main"):
+        expect_error(lambda page=page: find_base(page), "an address", "owner/Llama-2.7b", option="model.base")
 
 
 def test_pickled_weights_are_refused(tmp_path, expect_refusal):

@@ -5,6 +5,7 @@ Knows no option's meaning.
 
 from collections.abc import Iterator
 from pathlib import Path
+from shlex import quote
 
 import yaml
 
@@ -21,7 +22,7 @@ from lit_qlora.text.conversation import HALF, is_whole
 def _no_config(path: Path) -> UserError:
     """The error for a config file that is not there, or holds rows."""
     if path.is_file():
-        remedy = f"give it as --data.source {path}"
+        remedy = f"give it as --data.source {quote(str(path))}"
         return UserError(f"{path} is a file of rows, expected a YAML file", option="config", remedy=remedy)
     folder = path.parent if path.parent.is_dir() else Path("configs")
     known = [str(file) for file in sorted(folder.glob("*.y*ml"))]
@@ -133,4 +134,6 @@ def _problems(
             yield from _problems(value, f"{name}.", seen)
         elif not section and key.value in ("model", "data", "trainer", "samples"):
             empty = value.tag == "tag:yaml.org,2002:null"
-            yield (line, f"section {excerpt(name)} is {'empty; fill it or remove the line' if empty else 'no section'}")
+            held = excerpt(value.value) if isinstance(value, yaml.ScalarNode) else "a list"
+            found = "is empty; fill it or remove the line" if empty else f"holds {held}, expected 'option: value' lines"
+            yield line, f"section {excerpt(name)} {found}"

@@ -173,7 +173,7 @@ class Report(Callback):
             *textwrap.wrap(memory, WIDTH, subsequent_indent=" " * 19),
             f"best adapter: {self.run.adapter}{gain}",
             f"report: {self._report()}",
-            f"curves: tensorboard --logdir {self.run.path.parent}",
+            f"curves: tensorboard --logdir {shlex.quote(str(self.run.path.parent))}",
             *next_step(self.run),
         ]
 
@@ -182,7 +182,7 @@ class Report(Callback):
         try:
             return str(write_report(self.run))
         except (OSError, ImportError) as error:
-            return f"none ({one_line(error)}); python main.py report makes it"
+            return f"none ({one_line(error)}); {COMMAND} report makes it"
 
 
 def held_out_line(step: int, figures: Mapping[str, float], mark: str) -> str:

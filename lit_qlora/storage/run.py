@@ -8,6 +8,7 @@ from contextlib import ExitStack, suppress
 from datetime import datetime
 from itertools import chain, count, islice, pairwise, takewhile
 from pathlib import Path
+from shlex import quote
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -303,7 +304,7 @@ class RunFolder:
 
     def config_remedy(self) -> str:
         """The remedy for a damaged configuration."""
-        again = f"remove it and give fit all options (--config FILE --run {self.path})"
+        again = f"remove it and give fit all options (--config FILE --run {quote(str(self.path))})"
         return f"put a copy of it back, or {again}: the run resumes, for its checkpoints hold what identifies it"
 
     def write_config(self, text: str) -> Path:

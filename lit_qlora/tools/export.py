@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from shlex import quote
 from typing import Literal
 
 from lit_qlora.errors import UserError
@@ -182,4 +183,5 @@ def _write_modelfile(model: Path, target: Path, beside: Path) -> None:
     except (ValueError, UserError) as error:
         print(f"no Modelfile: {error}")
         return
-    print(f"try it: ollama create {target.stem} -f {beside} && ollama run {target.stem}")
+    name = quote(target.stem)
+    print(f"try it: ollama create {name} -f {quote(str(beside))} && ollama run {name}")

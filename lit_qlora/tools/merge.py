@@ -4,6 +4,7 @@ The folder is written by `merging.folder`. Knows what is refused before anything
 """
 
 from pathlib import Path
+from shlex import quote
 from typing import Literal
 
 from lit_qlora.console import say
@@ -46,7 +47,7 @@ def merge(
     chosen = choose_adapter(run, adapter, base)
     merge_into(target, chosen, dtype, onto)
     say("load", f"AutoModelForCausalLM.from_pretrained({output!r})")
-    say("serve", f"vllm serve {output}")
+    say("serve", f"vllm serve {quote(output)}")
 
 
 def merge_into(target: Path, chosen: ResolvedAdapter, dtype: DType, onto: Onto) -> None:

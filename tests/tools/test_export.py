@@ -69,17 +69,17 @@ def refusal(capsys, *options) -> str:
 
 
 def test_a_merged_model(llama_cpp, merged, tmp_path, capsys):
-    target = tmp_path / "new" / "mine.gguf"
+    target = tmp_path / "new one" / "mine.gguf"
     assert main(["export", "--to", "gguf", "--model", str(merged), "--output", str(target), "--outtype", "q8_0"]) == 0
     assert target.read_bytes() == b"GGUF and more"
     assert {path.name for path in target.parent.iterdir()} == {"mine.gguf", "mine.Modelfile"}
-    text = (tmp_path / "new" / "mine.Modelfile").read_text(encoding="utf-8")
+    text = target.with_suffix(".Modelfile").read_text(encoding="utf-8")
     assert text.startswith("FROM ./mine.gguf\nTEMPLATE ")
     assert text.endswith('SYSTEM """Be brief."""\n')
     told = json.loads((tmp_path / "llama.cpp" / "told.json").read_text())
     unfinished = str(target.parent / ".mine.gguf.part")
     assert told["options"] == ["--outfile", unfinished, "--outtype", "q8_0", "--model-name", "mine"]
-    assert "try it: ollama create mine -f " in capsys.readouterr().out
+    assert f"try it: ollama create mine -f '{tmp_path}/new one/mine.Modelfile' && " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("adds_bos", [True, False])

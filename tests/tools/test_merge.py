@@ -26,6 +26,7 @@ from lit_qlora.storage import shards
 from lit_qlora.storage.folders import verify_folder
 from lit_qlora.storage.run import RunFolder
 from lit_qlora.text.conversation import Conversation, Turn
+from lit_qlora.tools import merge
 from lit_qlora.tools.answering.answerer import Answerer, choose_adapter
 from lit_qlora.tools.merging import compare
 from lit_qlora.tools.merging.arithmetic import LoraWeights, as_trained
@@ -250,6 +251,12 @@ def test_onto_the_original_weights(run, tmp_path, capsys):
     expected = LoraWeights(run / "adapter").add_to(name, base[name].float())
     assert torch.equal(merged[name], expected)
     assert torch.equal(merged["lm_head.weight"], base["lm_head.weight"].float())
+
+
+def test_the_command_to_serve_it_can_be_pasted(run, capsys, monkeypatch):
+    monkeypatch.setattr(merge, "merge_into", lambda *_: None)
+    assert main(["merge", "--run", str(run), "--output", "my model"]) == 0
+    assert "vllm serve 'my model'\n" in capsys.readouterr().out
 
 
 # What is refused, and what is left behind

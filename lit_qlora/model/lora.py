@@ -229,12 +229,7 @@ def read_weights(folder: Path, expected: Mapping[str, Any]) -> dict[str, torch.T
     Raises:
         UserError: they are not finite, or are applied otherwise than in the run.
     """
-    for name, found in _settings(folder).items():
-        if found != expected[name]:
-            raise UserError(
-                f"adapter_config.json has {IN_CONFIG[name]} {found}, expected {expected[name]}: it was altered",
-                place=folder,
-            )
+    _check_unaltered(folder, expected)
     file = folder / WEIGHTS
     try:
         weights = load_file(file)
@@ -303,7 +298,11 @@ def read_record(folder: Path) -> dict[str, Any]:
         for name in TEXTS:
             told = record.get(name)
             require(isinstance(told, str | None), name, "a text", told, place=f"{folder}: {RECORD}")
-        _check_own(folder, record)
+        if not record["base"] or not record["base_fingerprint"]:
+            raise UserError(
+                f"its {RECORD} does not name its base: it was altered", place=folder, remedy=lora_config.REMEDY
+            )
+        _check_unaltered(folder, record, lora_config.REMEDY)
     lora_config.check(folder, config)
     stored = stored_shapes(folder)
     lora_config.check_ranks(folder, config, stored)
@@ -327,16 +326,13 @@ def read_format(adapter: Path) -> PromptFormat:
     return from_record(read_record(adapter), adapter, RECORD)
 
 
-def _check_own(folder: Path, record: Mapping[str, Any]) -> None:
-    """Raises UserError if a record of ours lacks the base, or adapter_config.json differs from it."""
-    remedy = "take an adapter that is as it was saved"
-    if not record["base"] or not record["base_fingerprint"]:
-        raise UserError(f"its {RECORD} does not name its base: it was altered", place=folder, remedy=remedy)
-    for name, now in _settings(folder).items():
-        was = record.get(name)
-        if was is not None and was != now:  # earlier versions recorded none
-            what = f"adapter_config.json or {RECORD} was altered: {IN_CONFIG[name]}: {was} -> {now}"
-            raise UserError(what, place=folder, remedy=remedy)
+def _check_unaltered(folder: Path, expected: Mapping[str, Any], remedy: str | None = None) -> None:
+    """Raises UserError if adapter_config.json has other options of LoRA than its record or its run."""
+    for name, found in _settings(folder).items():
+        own = expected.get(name)
+        if own not in (None, found):  # earlier versions recorded none
+            problem = f"adapter_config.json has {IN_CONFIG[name]} {found}, expected {own}: it was altered"
+            raise UserError(problem, place=folder, remedy=remedy)
 
 
 def stored_shapes(folder: Path) -> dict[str, list[int]]:

@@ -16,7 +16,7 @@ from lit_qlora.errors import UserError, cut
 from lit_qlora.model.architectures import PLACES
 from lit_qlora.storage.foreign import FLAG, SHARE, Kind, shown, whole
 
-_REMEDY = "take an adapter that is as it was saved"
+REMEDY = "take an adapter that is as it was saved"
 LARGEST_COUNT = 65_536
 """Highest rank or index of a layer: far above those of any adapter."""
 MATCHED_IN_S, MATCHED_LAYERS = 20, 80
@@ -100,7 +100,7 @@ def check(folder: Path, config: Mapping[str, Any]) -> None:
     """
     for name in ("r", "lora_alpha"):
         if config.get(name) is None:
-            raise UserError(f"adapter_config.json lacks {name}", place=folder, remedy=_REMEDY)
+            raise UserError(f"adapter_config.json lacks {name}", place=folder, remedy=REMEDY)
     for name, value in config.items():
         if name in WITHOUT_EFFECT or value is None:
             continue
@@ -139,13 +139,13 @@ def check_ranks(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, Se
             raise UserError(
                 f"adapter_config.json gives {layer} the rank {rank}, and its weights have {shape[0]}",
                 place=folder,
-                remedy=_REMEDY,
+                remedy=REMEDY,
             )
     most = max((max(shape) for shape in stored.values()), default=0)
     too_large = [rank for rank in (config["r"], *patterns.values()) if rank > most]
     if stored and too_large:
         raise UserError(
-            f"adapter_config.json has a rank of {too_large[0]}, and no layer is as wide", place=folder, remedy=_REMEDY
+            f"adapter_config.json has a rank of {too_large[0]}, and no layer is as wide", place=folder, remedy=REMEDY
         )
 
 
@@ -195,7 +195,7 @@ def _check_patterns(folder: Path, config: Mapping[str, Any]) -> None:
         told = cut(" ".join(shown for shown, _ in patterns))
         raise UserError(f"{what} takes too long to match: {told}", place=folder, remedy="give names") from error
     if done.stdout:
-        raise UserError(f"{what} is none: {cut(done.stdout.strip())}", place=folder, remedy=_REMEDY)
+        raise UserError(f"{what} is none: {cut(done.stdout.strip())}", place=folder, remedy=REMEDY)
 
 
 def arguments(config: Mapping[str, Any]) -> dict[str, Any]:

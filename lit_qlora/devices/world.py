@@ -156,18 +156,15 @@ def _open_store(limit: timedelta) -> Any:
 
 def _reach(host: str, port: int, limit: timedelta) -> None:
     """Return once a program answers at ``port``. Raises UserError if none has within ``limit``."""
-    wait = _Wait(limit)
-    while True:
+    for is_over, is_long in _looks(limit):
         try:
             socket.create_connection((host, port), timeout=REPLY.total_seconds()).close()
-        except OSError as error:
-            if wait.is_over():
-                raise _not_come([0], f"to {host}:{port} ", limit, f" ({error.strerror or error})") from error
-            if wait.is_long():
-                _report_wait([0], f"at {host}:{port}, ", limit)
-            time.sleep(0.1)
-        else:
             return
+        except OSError as error:
+            if is_over:
+                raise _not_come([0], f"to {host}:{port} ", limit, f" ({error.strerror or error})") from error
+            if is_long:
+                _report_wait([0], f"at {host}:{port}, ", limit)
 
 
 def _meet() -> None:
@@ -177,38 +174,30 @@ def _meet() -> None:
         LostError: one has failed on the way.
         UserError: one does not come.
     """
-    found, here, wait = board(DEAD), world(), _Wait(DEAD)
+    found, here = board(DEAD), world()
     found.set(f"came {here.rank}", "")
     found.add("came", 1)
-    while found.add("came", 0) < here.size:
+    for is_over, is_long in _looks(DEAD):
+        if found.add("came", 0) >= here.size:
+            return
         if found.check(["failed"]):
             raise lost()
-        is_over = wait.is_over()
-        if is_over or wait.is_long():
+        if is_over or is_long:
             missing = [rank for rank in range(here.size) if not found.check([f"came {rank}"])]
             if is_over:
                 raise _not_come(missing, "", DEAD)
             _report_wait(missing, "", DEAD)
+
+
+def _looks(limit: timedelta) -> Iterator[tuple[bool, bool]]:
+    """For each look at other processes: whether ``limit`` is over; and whether, for once, the wait is a `LONG` one."""
+    began, is_reported = time.monotonic(), False
+    while True:
+        waited_s = time.monotonic() - began
+        is_long = waited_s >= LONG.total_seconds() and not is_reported
+        is_reported |= is_long
+        yield waited_s > limit.total_seconds(), is_long
         time.sleep(0.05)
-
-
-class _Wait:
-    """A wait for other processes, since now, of at most ``limit``."""
-
-    def __init__(self, limit: timedelta) -> None:
-        now = time.monotonic()
-        self._long_at, self._ends_at = now + LONG.total_seconds(), now + limit.total_seconds()
-
-    def is_over(self) -> bool:
-        """True once ``limit`` has passed."""
-        return time.monotonic() > self._ends_at
-
-    def is_long(self) -> bool:
-        """True once, when it has become a `LONG` one."""
-        if time.monotonic() < self._long_at:
-            return False
-        self._long_at = float("inf")
-        return True
 
 
 def _report_wait(ranks: list[int], where: str, limit: timedelta) -> None:

@@ -239,12 +239,11 @@ def test_a_long_wait_is_reported_by_the_first_that_is_there(
 
 
 def test_a_wait_becomes_long_once_and_is_over_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [1000.0]
-    monkeypatch.setattr(world, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    wait, found = world._Wait(timedelta(seconds=600)), list[tuple[float, bool, bool]]()
-    for now[0] in (1029.0, 1030.0, 1031.0, 1600.0, 1601.0):
-        found.append((now[0] - 1000, wait.is_long(), wait.is_over()))
-    assert found == [(29, False, False), (30, True, False), (31, False, False), (600, False, False), (601, False, True)]
+    now = iter((1000.0, 1029.0, 1030.0, 1031.0, 1600.0, 1601.0))
+    monkeypatch.setattr(world, "time", SimpleNamespace(monotonic=lambda: next(now), sleep=lambda _: None))
+    looks = world._looks(timedelta(seconds=600))
+    found = [next(looks) for _ in range(5)]
+    assert found == [(False, False), (False, True), (False, False), (False, False), (True, False)]
 
 
 @pytest.mark.parametrize("ends", ["signal", "limit"])

@@ -21,6 +21,7 @@ from lit_qlora.place import CLONE, COMMAND, INSTALL
 from lit_qlora.secrecy import holds_secret, redact
 from lit_qlora.signals import leave_in_one_line, nothing_open
 from lit_qlora.storage.files import SaveError
+from lit_qlora.text.conversation import HALF, is_whole
 
 TRAINERS = ("fit", "validate", "test")
 """The verbs that several processes can run together."""
@@ -111,28 +112,24 @@ def _of_a_path(error: Exception) -> str | None:
     return None
 
 
-def check_no_secrets(args: Sequence[str]) -> None:
-    """Raises UserError for an option that holds a secret, ``--name value`` or ``--name=value``."""
+def check_texts(args: Sequence[str], are_kept: bool = True) -> None:
+    """Check that no option of a command line, ``--name value`` or ``--name=value``, is what none may hold.
+
+    Args:
+        args: the command line.
+        are_kept: True if its options may be written to files.
+
+    Raises:
+        UserError: one holds bytes that are no UTF-8, or, if they are kept, a secret.
+    """
     name = "the command"
     for arg in args:
         option, _, value = arg.partition("=") if arg.startswith("--") else ("", "", arg)
         name = option.removeprefix("--") or name
-        if holds_secret(name, value):
+        if not is_whole(arg):
+            raise UserError(f"it {HALF}, got {cut(ascii(arg))}", option=name, remedy="convert it")
+        if are_kept and holds_secret(name, value):
             raise SecretError(name)
-
-
-def check_utf8(args: Sequence[str]) -> None:
-    """Raises UserError for an option whose bytes are no UTF-8: no file could hold it, and no token stands for it."""
-    for before, arg in zip(("", *args), args, strict=False):
-        try:
-            arg.encode()
-        except UnicodeEncodeError as error:
-            name = (arg if arg.startswith("--") else before).partition("=")[0].lstrip("-") or "command line"
-            raise UserError(
-                f"it holds bytes that are no UTF-8, or half a character, got {cut(ascii(arg))}",
-                option=name,
-                remedy="convert it",
-            ) from error
 
 
 def _run(args: list[str]) -> int:
@@ -143,9 +140,7 @@ def _run(args: list[str]) -> int:
     if verb == "--version":
         print(f"lit-qlora {__version__}")
         return 0
-    if verb != "chat":  # conversations of a chat are not saved
-        check_no_secrets(args[1:])
-    check_utf8(args)
+    check_texts(args, are_kept=verb != "chat")  # conversations of a chat are not saved
     if verb != "doctor":  # which reports it
         for left in starting.take_place(is_for_several=verb in TRAINERS):
             complain(f"note: {left} in the environment is ignored: no launcher started several processes")
@@ -160,7 +155,7 @@ def _run(args: list[str]) -> int:
         from lit_qlora.tools import run_tool
 
         return run_tool(verb, args[1:])
-    verbs = ["fit", "validate", "test", "inspect", "plan", *TOOLS, "doctor"]
+    verbs = [*FIT_AND_KIN, *TOOLS, "doctor"]
     if verb.startswith("-"):
         problem = f"{excerpt(verb)} stands where a verb is expected"
         raise UserError(problem, remedy=f"begin with one: {', '.join(verbs)}, as in {COMMAND} fit {verb} …")

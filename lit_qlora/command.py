@@ -25,13 +25,11 @@ from lit_qlora.options import (
     option,
     take_option,
 )
-from lit_qlora.place import CONFIGS, find_config
+from lit_qlora.place import DEMO_CONFIG, find_config
 from lit_qlora.signatures import LEARNING, OF_LIGHTNING, options_of, parser_of
 from lit_qlora.storage import settings
 from lit_qlora.storage.config_file import as_sections, as_yaml, flat, read_options
 from lit_qlora.storage.run import RunFolder, lies_in_run, named_folder, open_run
-
-DEMO_CONFIG = CONFIGS / "demo.yaml"
 
 ELSEWHERE = {"mirror": "null", "model.quantized_cache": "auto"}
 """Options that name a folder outside of the run, to be written and tidied; and the value for none of one's own."""

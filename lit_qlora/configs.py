@@ -55,11 +55,11 @@ def check_config_file(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoade
     try:
         root = yaml.compose(text, Loader=loader)
         yaml.load(text, Loader=loader)  # finds tags, keys and dates that can't be
-        values = list(_values(root)) if isinstance(root, yaml.MappingNode) else []
+        values = [*_values(root)] if root else []
     except RecursionError as error:
         raise UserError("something in it stands within itself (& and *), or is nested too deep", place=path) from error
     except (ValueError, LookupError, AttributeError, OverflowError) as error:  # a number, date or tag that does not fit
-        line, problem = next(_misfits(root, loader) if root else iter(()), (1, NO_VALUE))
+        line, problem = _misfit(root, loader) if root else (1, NO_VALUE)
         raise UserError(f"no valid YAML: {problem}", place=f"{path}:{line}") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)  # of a character that YAML can't hold there is a position alone
@@ -70,11 +70,12 @@ def check_config_file(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoade
     if not isinstance(root, yaml.MappingNode):
         kind = "list" if isinstance(root, yaml.SequenceNode) else "single value"
         raise UserError(f"expected 'option: value' lines, got a {kind}", place=f"{path}:1")
-    for line, name, value in values:
-        if holds_secret(name, value):
-            raise SecretError(name, f"{path}:{line}")
-        if not is_whole(value):
-            raise UserError(f"it {HALF}", option=name, place=f"{path}:{line}")
+    for name, node in values:
+        place = f"{path}:{node.start_mark.line + 1}"
+        if holds_secret(name, node.value):
+            raise SecretError(name, place)
+        if not is_whole(node.value):
+            raise UserError(f"it {HALF}", option=name, place=place)
     for line, problem in _problems(root):
         raise UserError(problem, place=f"{path}:{line}")
 
@@ -87,29 +88,27 @@ def check_config_of(run: RunFolder) -> None:
         raise error.advise(run.config_remedy()) from error
 
 
-def _values(node: yaml.Node, name: str = "") -> Iterator[tuple[int, str, str]]:
-    """Line, dotted name and text of each single value."""
+def _values(node: yaml.Node, name: str = "") -> Iterator[tuple[str, yaml.Node]]:
+    """Dotted name and node of each single value, and of each key, by its section's name."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
+            yield from _values(key, name)
             yield from _values(value, f"{name}.{key.value}".lstrip("."))
     elif isinstance(node, yaml.SequenceNode):
         for item in node.value:
             yield from _values(item, name)
     else:
-        yield node.start_mark.line + 1, name, node.value
+        yield name, node
 
 
-def _misfits(node: yaml.Node, loader: type[yaml.SafeLoader]) -> Iterator[tuple[int, str]]:
-    """Line and problem of each single value that is none of its kind, such as a date in month 13."""
-    if isinstance(node, yaml.ScalarNode):
+def _misfit(root: yaml.Node, loader: type[yaml.SafeLoader]) -> tuple[int, str]:
+    """Line and problem of the first single value that is none of its kind, such as a date in month 13."""
+    for _, node in _values(root):
         try:
             loader("").construct_object(node)
         except (ValueError, LookupError, AttributeError):
-            yield node.start_mark.line + 1, f"{excerpt(node.value)} can't be read as {node.tag.rpartition(':')[2]}"
-    else:
-        for child in node.value:
-            for one in child if isinstance(child, tuple) else (child,):
-                yield from _misfits(one, loader)
+            return node.start_mark.line + 1, f"{excerpt(node.value)} can't be read as {node.tag.rpartition(':')[2]}"
+    return 1, NO_VALUE
 
 
 def _problems(

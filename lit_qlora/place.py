@@ -12,6 +12,7 @@ CLONE = None if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent
 """The clone that this runs in; None where the package is installed, and its configs lie inside it (see setup.py)."""
 
 CONFIGS = (CLONE or _PACKAGE) / "configs"
+DEMO_CONFIG = CONFIGS / "demo.yaml"
 
 COMMAND = "python main.py" if CLONE else "lit-qlora"
 """What the command is called: ``python main.py`` needs the clone's file."""

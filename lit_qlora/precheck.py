@@ -5,7 +5,6 @@ no rows do, a run of other settings. The parser proper comes behind it, and find
 there; each of these mistakes is one there too, in the same words.
 """
 
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -18,19 +17,7 @@ from lit_qlora.data.held_out import Parts, check_early_to_score
 from lit_qlora.data.records import Reading
 from lit_qlora.data.sources import check_sources
 from lit_qlora.data.templates import check_template_of_base, read_template
-from lit_qlora.devices.asked import (
-    GPUS,
-    MOST_ON_CPU,
-    check_on_cpu,
-    check_shard,
-    check_shares,
-    check_started,
-    check_there,
-    check_world,
-    has_driver,
-    most_gpus,
-    no_gpu,
-)
+from lit_qlora.devices import asked
 from lit_qlora.devices.world import is_first, world
 from lit_qlora.errors import UserError
 from lit_qlora.forecast.cards import find_card
@@ -169,15 +156,12 @@ def _check_together(values: Mapping[str, Any]) -> None:
     read_template(values["data.template"])
 
 
-def _number_of(devices: Any) -> int:
-    """How many processes a value of trainer.devices asks for; 1 where it takes torch to know."""
-    value, number = str(devices).strip(), 1
-    if re.fullmatch(r"\[[\s\d,]*\]", value):
-        gpus = re.findall(r"\d+", value)
-        number = len(gpus) if len(gpus) == len({*gpus}) else 1
-    elif re.fullmatch(r"\d{1,6}", value):
-        number = int(value)
-    return number if number <= MOST_ON_CPU else 1
+def _number_of(devices: int | str | list[int]) -> int:
+    """How many processes a value of trainer.devices asks for; 1 where it takes torch to know, as for auto."""
+    if isinstance(devices, list):
+        devices = len({*devices})
+    number = int(devices) if str(devices).strip().isdecimal() else 1
+    return number if number <= asked.MOST_ON_CPU else 1
 
 
 def _check_alone(values: Mapping[str, Any]) -> None:
@@ -215,25 +199,25 @@ def _check_devices(verb: str, values: Mapping[str, Any]) -> None:
     devices, num_nodes, here = values["trainer.devices"], values["trainer.num_nodes"], world()
     accelerator, number = values["trainer.accelerator"], _number_of(devices)
     is_here = verb not in ("plan", "inspect")
-    has_none = is_here and not has_driver()
+    has_none = is_here and not asked.has_driver()
     is_on_cpu = accelerator == "cpu" or has_none
-    if has_none and accelerator in GPUS:
-        raise no_gpu(accelerator)
+    if has_none and accelerator in asked.GPUS:
+        raise asked.no_gpu(accelerator)
     if is_here and isinstance(devices, int | list):
         if is_on_cpu:
             why = "a CPU has no number" if accelerator == "cpu" else "there is no GPU here"
-            check_on_cpu(devices, why, max(MOST_ON_CPU, here.local_size))
-        elif num_gpus := most_gpus():
-            check_there(devices, num_gpus)
+            asked.check_on_cpu(devices, why, max(asked.MOST_ON_CPU, here.local_size))
+        elif num_gpus := asked.most_gpus():
+            asked.check_there(devices, num_gpus)
         if (devices, num_nodes) != (1, 1):
-            check_world(number, num_nodes)
+            asked.check_world(number, num_nodes)
     num_processes = number * num_nodes if here.size == 1 else here.size
     if verb in LEARNING:
-        check_shares(num_processes, values["trainer.accumulate_grad_batches"])
+        asked.check_shares(num_processes, values["trainer.accumulate_grad_batches"])
     if devices == 1 or is_on_cpu:  # else as many as there are GPUs
-        check_shard(values["model.shard"], values["model.shard_to"], num_processes)
+        asked.check_shard(values["model.shard"], values["model.shard_to"], num_processes)
     if is_here and here.size == 1 and num_nodes > 1:
-        check_started(devices, number, num_nodes)
+        asked.check_started(devices, number, num_nodes)
 
 
 def _check_run(values: Mapping[str, Any], run: RunFolder) -> None:

@@ -12,11 +12,11 @@ import pytest
 from lit_qlora import demo
 from lit_qlora.batch import Batch
 from lit_qlora.cli import main
-from lit_qlora.command import DEMO_CONFIG
 from lit_qlora.figures.lines import read_lines
 from lit_qlora.model import load
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.options import take_option
+from lit_qlora.place import DEMO_CONFIG
 from lit_qlora.storage.folders import write_folder
 from lit_qlora.text import llama2
 

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from lit_qlora.cli import main
-from lit_qlora.command import DEMO_CONFIG
 from lit_qlora.figures.lines import StepLines, read_lines
+from lit_qlora.place import DEMO_CONFIG
 from lit_qlora.storage import folders
 from lit_qlora.storage.adapter import mend_adapter
 from lit_qlora.storage.lock import RunLock

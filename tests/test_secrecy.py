@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_qlora.cli import check_no_secrets, main
+from lit_qlora.cli import check_texts, main
 from lit_qlora.errors import UserError, require
 from lit_qlora.secrecy import redact
 
@@ -63,20 +63,20 @@ def test_a_secret_is_not_told(text: str, told: str) -> None:
 )
 def test_what_is_no_secret_stays(text: str) -> None:
     assert redact(text) == text
-    check_no_secrets(["fit", "--data.batch_tokens", "300", "--samples.max_new_tokens=3", "--data.source", text])
+    check_texts(["fit", "--data.batch_tokens", "300", "--samples.max_new_tokens=3", "--data.source", text])
 
 
 def test_a_token_of_a_tokenizer_is_no_secret(capsys: pytest.CaptureFixture[str]) -> None:
     for option in ("pad_token", "model.bos_token", "add_eos_token"):
         assert main(["fit", f"--{option}", "</s>"]) == 2
         assert "the tokenizer is that of model.base" in capsys.readouterr().err
-    check_no_secrets(["fit", "--tokenizer.unk_token=<unk>"])
+    check_texts(["fit", "--tokenizer.unk_token=<unk>"])
     with pytest.raises(UserError):
-        check_no_secrets(["fit", "--hub_token=abc"])
+        check_texts(["fit", "--hub_token=abc"])
 
 
 def test_a_mail_address_behind_a_colon_may_be_asked_about() -> None:
-    check_no_secrets(["fit", "--samples.prompts", '["Reply to:me@example.org in one line."]'])
+    check_texts(["fit", "--samples.prompts", '["Reply to:me@example.org in one line."]'])
 
 
 def test_an_error_shows_no_secret_wherever_it_ends() -> None:

@@ -17,6 +17,7 @@ from lit_qlora import cli, demo, precheck
 from lit_qlora.cli import main
 from lit_qlora.data import records
 from lit_qlora.data.held_out import Parts
+from lit_qlora.devices import asked
 from lit_qlora.errors import UserError
 from lit_qlora.model.base import split_names
 from lit_qlora.options import plain
@@ -261,7 +262,7 @@ def test_a_base_that_the_hub_has_not_is_found_first(monkeypatch, expect_error):
 
 
 def test_a_gpu_asked_for_without_a_driver_is_found_first(monkeypatch, expect_error):
-    monkeypatch.setattr(precheck, "has_driver", lambda: False)
+    monkeypatch.setattr(asked, "has_driver", lambda: False)
     call = lambda: check_first("fit", ["--trainer.accelerator=gpu"])  # noqa: E731
     expect_error(call, "torch sees no CUDA GPU here", option="trainer.accelerator")
     check_first("plan", ["--trainer.accelerator=gpu"])

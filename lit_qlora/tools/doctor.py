@@ -20,13 +20,12 @@ from lit_qlora.console import fitted
 from lit_qlora.devices.launchers import check_whole, ignore_launchers
 from lit_qlora.errors import UserError, meant
 from lit_qlora.forecast.disk import run_folder_bytes
-from lit_qlora.place import CLONE, COMMAND, CONFIGS, INSTALL, PROGRAM, find_config
+from lit_qlora.place import CLONE, COMMAND, DEMO_CONFIG, INSTALL, PROGRAM, find_config
 from lit_qlora.quiet import quieten
 from lit_qlora.storage.files import size
 from lit_qlora.tools.doctoring import surroundings
 from lit_qlora.tools.doctoring.surroundings import Finding
 
-DEMO_CONFIG = CONFIGS / "demo.yaml"
 NOTEBOOKS = {"COLAB_RELEASE_TAG": "Colab", "KAGGLE_KERNEL_RUN_TYPE": "Kaggle"}
 """Where a notebook runs, by a variable of its environment."""
 DESCRIPTION = """Report what is wrong here, what to do about it, and what a fit would choose.

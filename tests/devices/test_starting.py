@@ -13,7 +13,7 @@ import pytest
 
 from lit_qlora import precheck
 from lit_qlora.cli import main
-from lit_qlora.devices import starting
+from lit_qlora.devices import asked, starting
 from lit_qlora.devices.asked import most_gpus
 from lit_qlora.devices.launchers import COUNTS, RANKS
 from lit_qlora.devices.starting import LOST, take_place
@@ -67,7 +67,7 @@ def test_what_a_command_asks_for(
     assert check_first(args[0], [*args[1:], *on_cpu]) == number
 
 
-@pytest.mark.parametrize(("devices", "number"), [("[0, 3]", 2), ("[1, 1]", 1), ("many", 1), (-1, 1), (99999, 1)])
+@pytest.mark.parametrize(("devices", "number"), [([0, 3], 2), ([1, 1], 1), ("auto", 1), ("2", 2), (-1, 1), (99999, 1)])
 def test_what_takes_torch_to_know_is_one(devices: object, number: int) -> None:
     assert precheck._number_of(devices) == number
 
@@ -389,8 +389,8 @@ def test_gpus_that_are_not_there_are_refused_before_any_process_is_started(
 ) -> None:
     """For a run's own settings, too, as for one from a larger machine."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(precheck, "has_driver", lambda: True)
-    monkeypatch.setattr(precheck, "most_gpus", lambda: num_gpus)
+    monkeypatch.setattr(asked, "has_driver", lambda: True)
+    monkeypatch.setattr(asked, "most_gpus", lambda: num_gpus)
     Path("runs", "there").mkdir(parents=True)
     Path("runs/there/config.yaml").write_text(f"trainer:\n  devices: {devices}\n")
     new = ["--run", "new", "--config", "demo", "--trainer.devices", devices]

@@ -146,22 +146,18 @@ def excerpt(value: object) -> str:
         return f"{type(value).__name__} …"
 
 
-def cut(text: str, most: int = SHOWN) -> str:
-    """A text without its middle, since the end of a path names the file.
+def cut(text: str) -> str:
+    """A text of at most `SHOWN` characters, without its middle: the end of a path names the file.
 
     Secrets are replaced before, since half of one is not recognised.
 
     Args:
         text: to be cut, if it is longer.
-        most: characters that it may have.
     """
-    if len(text) > 2 * (most + LONGEST_SECRET):
-        text = f"{text[: most + LONGEST_SECRET]} {text[-most - LONGEST_SECRET :]}"
-    text = redact(text)
-    if len(text) <= most:
-        return text
-    tail = (most - 1) // 3
-    return f"{text[: most - 1 - tail]}…{text[len(text) - tail :]}"
+    searched = SHOWN + LONGEST_SECRET
+    text = redact(text if len(text) <= 2 * searched else f"{text[:searched]} {text[-searched:]}")
+    tail = (SHOWN - 1) // 3
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 1 - tail]}…{text[-tail:]}"
 
 
 def one_line(error: object, most: int = 200) -> str:

@@ -125,7 +125,7 @@ class OneLineErrors:
         """Raises UserError for a missing value where null is not allowed, and for an endless number."""
         types = self.types()
         for name, value in values.items():
-            if is_too_large(value):
+            if isinstance(value, int) and abs(value) >= 2**64:  # too large for a file
                 raise UserError("expected a number of at most 19 digits, and it has far more", option=name)
             hint = types.get(name)
             if value is None and hint is not None and NoneType not in get_args(hint):
@@ -201,11 +201,6 @@ def _is_comment(text: str) -> bool:
         return yaml.safe_load(text) is None
     except (yaml.YAMLError, ValueError):
         return False
-
-
-def is_too_large(value: Any) -> bool:
-    """True if a value is an integer too large for a file."""
-    return isinstance(value, int) and abs(value) >= 2**64
 
 
 def _misfit(option: str, hint: Any, classes: Collection[str], value: Any, reasons: str) -> UserError:

@@ -171,7 +171,7 @@ def say_stopped(number: int) -> None:
     if os.environ.get("RANK", "0") != "0":  # of several processes, the first does
         return
     then = "; given again, the same command resumes from what is saved" if _resumes[0] else ""
-    say(f"stopped by {name_of(number)}{then}", sys.stderr)
+    print_now(f"stopped by {name_of(number)}{then}", sys.stderr)
 
 
 def name_of(number: int) -> str:
@@ -179,7 +179,7 @@ def name_of(number: int) -> str:
     return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
 
-def say(line: str, stream: Any = None) -> None:
+def print_now(line: str, stream: Any = None) -> None:
     """Print a line from within a handler, which may interrupt another print that it can't wait for.
 
     On a terminal it takes the place of a progress bar and of the ``^C`` behind that.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_qlora.signals import PATIENT, SIGNALS, hold_off, leave_in_one_line, say, say_stopped
+from lit_qlora.signals import PATIENT, SIGNALS, hold_off, leave_in_one_line, print_now, say_stopped
 
 ROOT = Path(__file__).parents[1]
 CODE = """
@@ -173,8 +173,8 @@ def test_children_hear_no_signal_and_the_parent_does_once_they_are_there(name: s
 def test_a_line_at_a_terminal_takes_the_place_of_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "20")
     stream = io.StringIO()
-    say("stopping", stream)
+    print_now("stopping", stream)
     assert stream.getvalue() == "\nstopping\n"
     monkeypatch.setattr(stream, "isatty", lambda: True)
-    say("stopping", stream)
+    print_now("stopping", stream)
     assert stream.getvalue().endswith(f"\n\r{' ' * 19}\rstopping\n")

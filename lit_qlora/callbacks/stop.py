@@ -13,7 +13,7 @@ from lit_qlora.callbacks.checkpoints import RunCheckpoints
 from lit_qlora.callbacks.steps import StepCallback
 from lit_qlora.console import tell
 from lit_qlora.devices.world import AllEnd, highest, is_first
-from lit_qlora.signals import URGENT, give_back, hold_off, leave_at_once, name_of, say, take_over
+from lit_qlora.signals import URGENT, give_back, hold_off, leave_at_once, name_of, print_now, take_over
 
 
 class StopOnSignal(StepCallback):
@@ -72,7 +72,9 @@ class StopOnSignal(StepCallback):
         self.checkpoints.stop_asked, self._status = True, int(asked)
         reason = name_of(self._status - 128) if self._status else "max_time"
         if self.checkpoints.saved_step == trainer.global_step and not self.checkpoints.failures:
-            say(f"stopped and saved at step {trainer.global_step} by {reason}; the same command resumes from here")
+            print_now(
+                f"stopped and saved at step {trainer.global_step} by {reason}; the same command resumes from here"
+            )
             raise AllEnd(self._status)
         if self.checkpoints.failures:
             tell(f"error: stopped at step {trainer.global_step}, and the last save failed; an earlier one exists")
@@ -84,9 +86,9 @@ class StopOnSignal(StepCallback):
             self.ask(128 + number)
         if number in URGENT:
             take_over(leave_at_once, URGENT)
-            say("stopping after this step; again to stop at once")
+            print_now("stopping after this step; again to stop at once")
         elif is_first:
-            say("stopping after this step")
+            print_now("stopping after this step")
 
 
 class TimeLimit(StepCallback):

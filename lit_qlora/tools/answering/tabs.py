@@ -92,10 +92,10 @@ class Worker:
             if asked := tab.for_adapter:
                 tab.for_adapter = None
                 answer = yield from self._answer(tab, asked, tab.of_adapter, nullcontext)
-                say(tab.of_adapter, "assistant", tab.remember(asked.question, answer))
+                add_message(tab.of_adapter, "assistant", tab.remember(asked.question, answer))
             if compares and (asked := tab.for_base) and not tab.stopped:
                 tab.for_base = None
-                say(tab.of_base, "user", asked.question)
+                add_message(tab.of_base, "user", asked.question)
                 yield from self._answer(tab, asked, tab.of_base, self.answerer.without_adapter)
         yield tab.shown
 
@@ -114,7 +114,7 @@ class Worker:
                 return self.answerer.stream(asked.conversation, asked.sampling, show)
 
         future = self._thread.submit(answer)
-        message = say(messages, "assistant", WAITING)
+        message = add_message(messages, "assistant", WAITING)
         try:
             while not wait([future], TICK_S).done:
                 if tab.stopped:
@@ -128,11 +128,11 @@ class Worker:
         done = Answer("", False) if future.cancelled() else future.result()
         message["text"] = _escaped(done.text)
         note = "" if done.stopped else cut_note(asked.sampling, LIMIT)
-        say(messages, "assistant", "(stopped)" if tab.stopped else note)
+        add_message(messages, "assistant", "(stopped)" if tab.stopped else note)
         return done
 
 
-def say(messages: Messages, role: str, text: str) -> dict[str, str]:
+def add_message(messages: Messages, role: str, text: str) -> dict[str, str]:
     """Add a message unless it is empty.
 
     Args:

@@ -21,7 +21,7 @@ from lit_qlora.model.generate import Sampling
 from lit_qlora.text.conversation import Turn
 from lit_qlora.tools.answering.answerer import Answerer
 from lit_qlora.tools.answering.door import Door
-from lit_qlora.tools.answering.tabs import Asked, Tab, Worker, say
+from lit_qlora.tools.answering.tabs import Asked, Tab, Worker, add_message
 
 ASK, STOP = "Ask", "Stop"
 """Labels of the buttons beside a question: words, for those who hear the page."""
@@ -222,8 +222,8 @@ class Page:
         except UserError as error:
             return {self._tab: tab, **self._tell(str(error))}
         tab.for_adapter = tab.for_base = Asked(question, conversation, tab.sampling)
-        say(tab.of_adapter, "user", question)
-        say(tab.of_adapter, "assistant", note)
+        add_message(tab.of_adapter, "user", question)
+        add_message(tab.of_adapter, "assistant", note)
         return {self._tab: tab, **self._tell(""), **self._ready(False, value="")}
 
     def _compare(self, tab: Tab | None, compares: bool) -> Updates:

@@ -189,9 +189,9 @@ class PromptFormat(ABC):
         """Its name and a sha256 that identifies it, for a checkpoint's record of its run."""
 
     @property
+    @abstractmethod
     def cache_key(self) -> tuple[Any, ...]:
         """Everything that decides its pieces, beside the system text."""
-        return (self.name,)
 
     @abstractmethod
     def described(self, file: str) -> str:
@@ -202,9 +202,9 @@ class PromptFormat(ABC):
         """The special token that ends an answer, and is learned."""
         return self.spelled.eos
 
+    @abstractmethod
     def notes(self, of_base: str | None = None) -> list[str]:
         """Notes on it, in lines for the terminal; ``of_base`` is the base's own chat template."""
-        return []
 
     @abstractmethod
     def left_out(self, where: str, why: Exception) -> str:

@@ -56,6 +56,7 @@ class Mirror:
         self.copy = RunFolder(parent / run.path.resolve().name)
         self._mark, self._token = self.copy.path / MARK, secrets.token_hex(8)
         self._copied: dict[Path, tuple[int, int]] = {}
+        self._num_changes = 0
         self._wanted, self._is_closing = threading.Event(), False
         self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
         self._failed = False
@@ -138,15 +139,14 @@ class Mirror:
 
         Raises SaveError where it can't.
         """
-        if not self._is_behind():
-            return
         try:
             self._copy_newest()
         except SaveError:
             raise
         except OSError as error:
             raise SaveError(self.copy.path, error) from error
-        print(f"   run  copied to {self.copy.path}: the mirror was incomplete", flush=True)
+        if self._num_changes:
+            print(f"   run  copied to {self.copy.path}: the mirror was incomplete", flush=True)
 
     # Restoring
 
@@ -212,60 +212,55 @@ class Mirror:
     def _copy_once(self, step: int | None) -> None:
         """Copy figures and adapter first: they must not be older than their checkpoint."""
         if self._failed:  # the last copy may have left a part there, with a drive that went away
-            self._check_place()
+            self._before_change()
             clear_leftovers(self.copy.checkpoints)
             recover(self.copy.adapter)
         files = list(_files(self.run))
         if self.run.finished_mark not in files and self.copy.finished_mark.exists():  # the run was made longer
-            self._check_place()
+            self._before_change()
             self.copy.finished_mark.unlink()
         for file in files:
             if file != self.run.finished_mark:
                 self._copy_file(file)
         for old in {*self.copy.path.glob(EVENTS)} - {*map(self._there, files)}:
-            self._check_place()
+            self._before_change()
             old.unlink()  # each start writes its own
         if read_seal(self.run.adapter) not in (None, read_seal(self.copy.adapter)):
-            self._check_place()
+            self._before_change()
             copy_folder(self.run.adapter, self.copy.adapter, replace=True, may_differ=[CARD])
         if step is not None and not self._holds(step):
-            self._check_place()
+            self._before_change()
             copy_folder(self.run.checkpoint(step), self.copy.checkpoint(step), replace=True)
             self.copy.whole.add(step)
         if self.run.finished_mark in files:
             self._copy_file(self.run.finished_mark)
         if step is not None:
-            self._check_place()
             for older in self.copy.outdated_steps(KEPT, step, self.check):
                 if older < step:  # what is above may be the beginning of a copy by another tool
+                    self._before_change()
                     remove_folder(self.copy.checkpoint(older))
 
-    def _check_place(self) -> None:
-        """Raises SaveError if the drive was unmounted, so that this is no longer the opened folder."""
+    def _before_change(self) -> None:
+        """Count a change about to be made. Raises SaveError if the drive was unmounted: it would be made elsewhere."""
         if not self._mark.is_file() or self._mark.read_text(encoding="utf-8") != self._token:
             gone = FileNotFoundError(errno.ENOENT, "the folder that was opened is gone; is the drive still mounted?")
             raise SaveError(self.copy.path, gone)
+        self._num_changes += 1
 
     def _holds(self, step: int) -> bool:
         """True if the copy of ``step`` is intact and equals the one here."""
         here, there = (read_seal(run.checkpoint(step)) for run in (self.run, self.copy))
         return here == there and self.copy.is_whole(step, self.check)
 
-    def _is_behind(self) -> bool:
-        pairs = [(file, self._there(file)) for file in _files(self.run)]
-        if any(not there.is_file() or there.read_bytes() != here.read_bytes() for here, there in pairs):
-            return True
-        step, adapter = self._newest()
-        return adapter != read_seal(self.copy.adapter) or (step is not None and not self._holds(step))
-
     def _copy_file(self, file: Path) -> None:
-        self._check_place()
         state = file.stat()
         now = (state.st_size, state.st_mtime_ns)
         if self._copied.get(file) != now:
-            there = self._there(file)
-            there.parent.mkdir(exist_ok=True)
-            write_file(there, file.read_bytes())
+            there, content = self._there(file), file.read_bytes()
+            if file in self._copied or not there.is_file() or there.read_bytes() != content:
+                self._before_change()
+                there.parent.mkdir(exist_ok=True)
+                write_file(there, content)
             self._copied[file] = now
 
     def _there(self, file: Path) -> Path:

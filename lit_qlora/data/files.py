@@ -30,11 +30,8 @@ _SAVE_IT = "save it as .csv, in UTF-8"
 INSTEAD = {".txt": _NAME_IT, "": _NAME_IT, ".xlsx": _SAVE_IT, ".xls": _SAVE_IT, ".ods": _SAVE_IT}
 """What to do with files of other endings."""
 COMPRESSED = (*PACKED, ".zip", ".tar", ".tgz", ".7z")
-ELSEWHERE = (
-    "instruction", "prompt", "question", "input", "query", "output", "response", "completion", "answer", "chosen",
-    "rejected",
-)  # fmt: skip
-"""Columns of other forms of rows: where a .csv begins with one, its first line does name the columns."""
+PREFERENCES = ("chosen", "rejected")
+"""Columns of rows that are not read: where a .csv begins with one, its first line does name the columns."""
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 """What stands between the cells of a .csv, the usual one first."""
 EXAMPLE = '{"text": "### Human: …### Assistant: …"}'
@@ -279,7 +276,7 @@ def _list_of_rows(path: Path, value: Any, columns: Sequence[str]) -> list[Any] |
     if _is_by_columns(value, columns):
         problem = f"is written by columns, expected a list of rows, got {excerpt(value)}"
         raise SourceError(path, problem, "write it by rows (with pandas: to_json(…, orient='records'))")
-    if {*columns} & {*value} or len({*ELSEWHERE} & {*value}) > 1:
+    if {*columns} & {*value} or {*PREFERENCES} <= {*value}:
         return None
     parts = [*value.values()]
     is_numbered = all(name.isdecimal() for name in value)
@@ -342,7 +339,7 @@ def _delimiter(path: Path, text: str, columns: Sequence[str]) -> str:
             _, cells = next(_csv_cells(path, text, delimiter), ("", []))
         except SourceError:
             return 0, 0
-        return sum(cell.strip() in (*columns, *ELSEWHERE) for cell in cells), len(cells)
+        return sum(cell.strip() in (*columns, *PREFERENCES) for cell in cells), len(cells)
 
     return max(DELIMITERS, key=known)
 
@@ -357,7 +354,7 @@ def _csv_rows(path: Path, text: str, columns: Sequence[str]) -> Iterator[Row]:
             doubled = [name for name in header if header.count(name) > 1]
             if doubled:
                 raise SourceError(where, f"two columns are named {excerpt(doubled[0])}", "rename or remove one")
-            if not any(nearest(name.lower(), [*columns, *ELSEWHERE], 0.7) for name in header):
+            if not any(nearest(name.lower(), [*columns, *PREFERENCES], 0.7) for name in header):
                 wanted, remedy = columns[-1], "the first line of a .csv names the columns"
                 if "text" in columns:
                     wanted, remedy = "text", f"{remedy}; give other names with data.columns, or columns of predict"

@@ -11,6 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from lit_qlora.data.files import Row, read_rows, split_place
+from lit_qlora.data.forms import columns_of, forms_for
 from lit_qlora.errors import UserError
 
 GOOD = b'{"text": "### Human: hi### Assistant: yo"}\n'
@@ -20,7 +21,7 @@ BY_ROWS = "write each row with the names of its columns (with pandas: to_json(�
 OBJECT = 'expected an object such as {"text": "### Human: …### Assistant: …"}'
 NO_ROWS = 'holds no rows, expected some such as {"text": "### Human: …### Assistant: …"}; check how it was made'
 UTF16 = "is UTF-16, expected UTF-8; save it again as UTF-8 (iconv -f UTF-16 -t UTF-8 a.{0} > a-utf8.{0})"
-COLUMNS = ("messages", "conversations", "text")
+COLUMNS = columns_of(forms_for("training"))
 BY_COLUMNS = (
     "a.json: is written by columns, expected a list of rows, got {}; write it by rows (with pandas: to_json(…,"
     " orient='records'))"

@@ -355,10 +355,8 @@ def _csv_rows(path: Path, text: str, columns: Sequence[str]) -> Iterator[Row]:
             if doubled:
                 raise SourceError(where, f"two columns are named {excerpt(doubled[0])}", "rename or remove one")
             if not any(nearest(name.lower(), [*columns, *PREFERENCES], 0.7) for name in header):
-                wanted, remedy = columns[-1], "the first line of a .csv names the columns"
-                if "text" in columns:
-                    wanted, remedy = "text", f"{remedy}; give other names with data.columns, or columns of predict"
-                raise SourceError(where, f"no column {wanted!r}, columns found: {excerpt(header)}", remedy)
+                remedy = "the first line of a .csv names the columns; give other names with data.columns, or columns of"
+                raise SourceError(where, f"no column 'text', columns found: {excerpt(header)}", f"{remedy} predict")
         elif len(cells) != len(header):
             what = f"{len(cells)} columns, expected {len(header)} as in the first line, got {excerpt(cells)}"
             remedy = f"put quotes around texts that hold {DELIMITERS[delimiter]}"

@@ -23,8 +23,8 @@ from lit_qlora.wording import number_of
 
 if TYPE_CHECKING:
     from lit_qlora.data.datamodule import ChatDataModule
-    from lit_qlora.data.questions import Subject
     from lit_qlora.tools.scoring.intervals import Compared, Figure
+    from lit_qlora.tools.scoring.questions import Subject
     from lit_qlora.tools.scoring.rows import Scoring
 
 Precision = Literal["auto", "16-mixed", "bf16-mixed", "32-true"]
@@ -181,7 +181,7 @@ def _read_questions(mmlu: str | None, shots: int, examples: str | None) -> list[
         )
     if examples and not shots:
         raise UserError(f"{examples} is given, and shots is 0", option="examples", remedy="give --shots 5")
-    from lit_qlora.data.questions import examples_for, read_subjects
+    from lit_qlora.tools.scoring.questions import examples_for, read_subjects
 
     if examples and Path(examples).resolve() == Path(mmlu).resolve():
         raise UserError(f"{examples} holds the questions themselves", option="examples", remedy="give MMLU's dev file")
@@ -194,7 +194,7 @@ def _encode(
     chosen: ResolvedAdapter, subjects: Sequence[tuple["Subject", Any]], style: Literal["plain", "chat"]
 ) -> Asked:
     """Raises UserError naming the place of a question that does not fit into the base's context."""
-    from lit_qlora.data.questions import LETTERS, Prompts
+    from lit_qlora.tools.scoring.questions import LETTERS, Prompts
 
     prompts, context = Prompts(chosen.encoder(NO_LIMIT), style), chosen.base.context_tokens
     encoded: list[list[list[int]]] = []

@@ -1,1 +1,1 @@
-"""The parts of `evaluate`: scores of rows, and intervals of figures."""
+"""The parts of `evaluate`: multiple-choice questions, scores of rows, and intervals of figures."""

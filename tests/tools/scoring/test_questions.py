@@ -3,10 +3,10 @@
 import pytest
 
 from lit_qlora.data.encode import Encoder
-from lit_qlora.data.questions import Prompts, Question, Subject, examples_for, read_subjects
 from lit_qlora.data.tokenizer import load_tokenizer
 from lit_qlora.errors import UserError
 from lit_qlora.text.conversation import Conversation, Turn
+from lit_qlora.tools.scoring.questions import Prompts, Question, Subject, examples_for, read_subjects
 
 ROW = '"Where, then,\nis it?",here,there,"up, high",nowhere,C\n'
 QUESTION = Question("file.csv:1", "Where, then,\nis it?", ("here", "there", "up, high", "nowhere"), "C")

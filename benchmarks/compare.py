@@ -45,7 +45,7 @@ PEERS = {
     "unsloth_packed": "Unsloth, packing",
     "unsloth_packed_plain": "Unsloth, packing, plain checkpointing",
     "unsloth_packed_kept": "Unsloth, packing, no checkpointing",
-    "unsloth_kept": "Unsloth, no checkpointing, half the rows",
+    "unsloth_kept": "Unsloth, no checkpointing, 2 rows at a time",
 }
 QUICK = ["lit_qlora", "lit_qlora_tokens", "trl_default", "trl_grouped", "trl_packed"]
 QUICK_MINUTES = 7.5

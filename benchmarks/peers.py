@@ -25,6 +25,7 @@ class Clock:
     def __init__(self, spec: dict) -> None:
         self.spec = spec
         self.steps = self.tokens = self.places = 0
+        self.batches_per_step = 1
         self.timed_steps = 0
         self.since: float | None = None
         self.seconds = 0.0
@@ -209,7 +210,9 @@ def plain(spec: dict, clock: Clock) -> None:
     _measure(trainer, spec, clock)
 
 
-def unsloth(spec: dict, clock: Clock, checkpointing: str | bool = "unsloth", **best: object) -> None:
+def unsloth(
+    spec: dict, clock: Clock, checkpointing: str | bool = "unsloth", accumulation: int = 1, **best: object
+) -> None:
     """FastLanguageModel with the SFTTrainer that it puts into TRL: its own checkpointing, and no padding by default."""
     import os
 
@@ -235,7 +238,8 @@ def unsloth(spec: dict, clock: Clock, checkpointing: str | bool = "unsloth", **b
         use_gradient_checkpointing=checkpointing,
     )
     more = {"max_length": spec["max_length"], "fp16": bool(spec["t4"]), "bf16": not spec["t4"]}
-    more |= {"gradient_accumulation_steps": 1}  # its own default is 2: another number of rows a step
+    clock.batches_per_step = accumulation
+    more |= {"gradient_accumulation_steps": accumulation}  # its own default is 2: another number of rows a step
     config = SFTConfig(**_options(spec, "unsloth") | more | best)
     trainer = SFTTrainer(model, args=config, train_dataset=Dataset.from_list(_rows(spec)), processing_class=tokenizer)
     _adapters_in_fp32(trainer, spec)
@@ -259,8 +263,10 @@ def unsloth_packed_kept(spec: dict, clock: Clock) -> None:
 
 
 def unsloth_kept(spec: dict, clock: Clock) -> None:
-    """Without checkpointing: as many rows, padding-free, as a T4 has the memory for."""
-    unsloth(spec, clock, checkpointing=False, per_device_train_batch_size=max(1, spec["batch_size"] // 2))
+    """Without checkpointing: two rows at a time, padding-free, for which a T4 has the memory; as many a step."""
+    rows = min(2, spec["batch_size"])
+    accumulation = spec["batch_size"] // rows
+    unsloth(spec, clock, checkpointing=False, accumulation=accumulation, per_device_train_batch_size=rows)
 
 
 def _base(spec: dict) -> tuple[Any, Any]:
@@ -312,13 +318,13 @@ def _timer(clock: Clock) -> object:
 
     class Timer(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if args.gradient_accumulation_steps != 1:
-                raise RuntimeError(f"a step is one batch here, not {args.gradient_accumulation_steps}")
+            if args.gradient_accumulation_steps != clock.batches_per_step:
+                raise RuntimeError(f"a step is {clock.batches_per_step} here, not {args.gradient_accumulation_steps}")
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             # The loader has looked one batch ahead: it belongs to the next step.
-            ahead = clock.pending[1:]
-            del clock.pending[1:]
+            ahead = clock.pending[clock.batches_per_step :]
+            del clock.pending[clock.batches_per_step :]
             if clock.step():
                 control.should_training_stop = True
             clock.pending.extend(ahead)

@@ -155,17 +155,18 @@ def _why_not_lora(module: Any) -> str | None:
 _PROBE = torch.linspace(-3, 3, 7)
 
 
-def weights_of(model: Any, shards: Shards | None = None) -> list[Weights]:
+def weights_of(model: Any, shards: Shards | None = None, compiles: bool = False) -> list[Weights]:
     """The weights of each decoder layer of ``model``, a 4-bit base with LoRA; shared with it, not copied.
 
     Args:
         model: whose layers.
         shards: what brings them, where no device holds them all.
+        compiles: as `Weights` has it.
     """
     layers = model.get_base_model().model.layers
     fetches = [partial(shards.open, at) if shards else None for at in range(len(layers))]
     pairs = zip(layers, fetches, strict=True)
-    return [Weights([*map(_quantised, _linears(layer))], fetch) for layer, fetch in pairs]
+    return [Weights([*map(_quantised, _linears(layer))], fetch, compiles) for layer, fetch in pairs]
 
 
 def _quantised(module: Any) -> Quantised:

@@ -29,10 +29,13 @@ class Weights:
     Args:
         quantised: those of the linear layers, in the layer's order.
         fetch: of a shared base, brings them here: called with 1 before a forward, -1 before a backward.
+        compiles: True to dequantise by one compiled kernel on a GPU, instead of bitsandbytes' three.
     """
 
-    def __init__(self, quantised: Sequence[Quantised], fetch: Callable[[int], None] | None = None) -> None:
-        self.quantised, self.fetch = quantised, fetch
+    def __init__(
+        self, quantised: Sequence[Quantised], fetch: Callable[[int], None] | None = None, compiles: bool = False
+    ) -> None:
+        self.quantised, self.fetch, self.compiles = quantised, fetch, compiles
         self._kept: list[Tensor] = []
 
     def get(self, index: int, dtype: torch.dtype) -> Tensor:
@@ -44,12 +47,7 @@ class Weights:
         """
         if self._kept and self._kept[index].dtype == dtype:
             return self._kept[index]
-        from bitsandbytes.functional import dequantize_4bit
-
-        values, state, offset = self.quantised[index]
-        state = copy(state)
-        state.offset = offset
-        return dequantize_4bit(values, state).to(dtype)
+        return _dequantised(self.quantised[index], self.compiles).to(dtype)
 
     def keep(self, dtype: torch.dtype) -> None:
         """Dequantise all weights now, for all requests to come in this dtype."""
@@ -57,3 +55,17 @@ class Weights:
             self._kept = []  # the memory of the other dtype's, before the new ones take theirs
             with torch.inference_mode(False), torch.no_grad():  # made while scoring, they must still serve in training
                 self._kept = [self.get(index, dtype) for index in range(len(self.quantised))]
+
+
+def _dequantised(weight: Quantised, compiles: bool) -> Tensor:
+    values, state, offset = weight
+    if compiles and values.is_cuda:
+        from lit_qlora.model import nf4
+
+        if nf4.can_dequantise(values, state):
+            return nf4.dequantise(values, state, offset)
+    from bitsandbytes.functional import dequantize_4bit
+
+    state = copy(state)
+    state.offset = offset
+    return dequantize_4bit(values, state)

@@ -220,8 +220,9 @@ class ComputesSums(LightningModule):
         """The layers for the current mode."""
         if self.training not in self._layers:
             compiles = self.device.type == "cuda" if self.compiles == "auto" else self.compiles
-            pointwise = compiled() if compiles and self.eager_because is None else EAGER
-            self._weights = self._weights or weights_of(self.peft_model, self.shards)
+            compiles = compiles and self.eager_because is None
+            self._weights = self._weights or weights_of(self.peft_model, self.shards, compiles)
+            pointwise = compiled() if compiles else EAGER
             self._layers[self.training] = extract_layers(self.peft_model, pointwise, self._weights)
         return self._layers[self.training]
 

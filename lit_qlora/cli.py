@@ -70,7 +70,14 @@ def prepare_memory() -> None:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run a command line, by default the process's own; return its exit status."""
+    """Run a command line, and print what a user can mend in one line.
+
+    Args:
+        args: from the verb on; default: the process's own.
+
+    Returns:
+        The exit status: 2 for an error of the user's, 1 for a save that failed.
+    """
     is_own, args = args is None, list(sys.argv[1:] if args is None else args)
     prepare(answers=args[:1] == ["chat"])
     prepare_memory()

@@ -112,7 +112,12 @@ def progress_bar(label: str, *args: Any, **options: Any) -> Any:
 
 
 def bars(label: str, **always: Any) -> Any:
-    """A class that makes such bars, for libraries that take no function."""
+    """A class that makes such bars, for libraries that take no function.
+
+    Args:
+        label: stands before a bar.
+        **always: options of tqdm's, in place of the library's.
+    """
     from tqdm import tqdm  # here: --help needs none
 
     class Bar(tqdm):  # type: ignore[type-arg]

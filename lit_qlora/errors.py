@@ -133,13 +133,28 @@ def meant(value: object, known: Iterable[str]) -> str | None:
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """The one of ``known`` that is `nearest` as the end of a sentence; empty if none is near."""
+    """The end of a sentence that names what was probably meant.
+
+    Args:
+        name: as it was written.
+        known: what it may be.
+
+    Returns:
+        The one that is `nearest`, behind a comma; empty if none is near.
+    """
     near = nearest(name, known, 0.7)
     return f", did you mean {near!r}?" if near else ""
 
 
 def excerpt(value: object) -> str:
-    """A value in at most `SHOWN` printable characters on one line."""
+    """A value as an error shows it.
+
+    Args:
+        value: of any kind.
+
+    Returns:
+        Its repr in at most `SHOWN` printable characters, on one line.
+    """
     try:
         return cut(repr(value))
     except (ValueError, RecursionError):  # a number of over 4,300 digits, or too deep nesting

@@ -122,7 +122,14 @@ class OneLineErrors:
         return {name: hint for name, hint in hints if hint is not None and not name.endswith(".help")}
 
     def check_values(self, values: Mapping[str, Any]) -> None:
-        """Raises UserError for a missing value where null is not allowed, and for an endless number."""
+        """Check parsed options for what jsonargparse accepts.
+
+        Args:
+            values: of the options, by their dotted names.
+
+        Raises:
+            UserError: for a missing value where null is not allowed, and for a number too large for a file.
+        """
         types = self.types()
         for name, value in values.items():
             if isinstance(value, int) and abs(value) >= 2**64:  # too large for a file

@@ -110,7 +110,11 @@ def take_over(handler: Handler | signal.Handlers, numbers: Iterable[int] = SIGNA
 
 
 def give_back(previous: dict[int, Any]) -> None:
-    """Restore the handlers that `take_over` returned."""
+    """Restore earlier handlers.
+
+    Args:
+        previous: as `take_over` returned them.
+    """
     for number, handler in previous.items():
         signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
@@ -167,7 +171,7 @@ def _exit(number: int, frame: FrameType | None) -> None:
 
 
 def say_stopped(number: int) -> None:
-    """Print that a signal has ended the command."""
+    """Print that the signal ``number`` has ended the command."""
     if os.environ.get("RANK", "0") != "0":  # of several processes, the first does
         return
     then = "; given again, the same command resumes from what is saved" if _resumes[0] else ""
@@ -175,7 +179,7 @@ def say_stopped(number: int) -> None:
 
 
 def name_of(number: int) -> str:
-    """The common name of a signal."""
+    """The common name of the signal ``number``: Ctrl-C, SIGTERM."""
     return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
 

@@ -158,7 +158,14 @@ def _record(run: RunFolder) -> dict[str, Any]:
 
 
 def lengths(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a configuration that set a run's length; -1: no limit."""
+    """The options that set a run's length.
+
+    Args:
+        config: a full configuration, by section.
+
+    Returns:
+        ``max_steps`` and ``max_epochs``, -1 for no limit, and ``early_stopping``.
+    """
     steps, epochs = (config.get("trainer", {}).get(name) or -1 for name in ("max_steps", "max_epochs"))
     return {"max_steps": steps, "max_epochs": epochs, "early_stopping": config.get("early_stopping")}
 
@@ -200,9 +207,16 @@ def check_room(run: RunFolder, module: QLoRAModule, keep_checkpoints: int) -> No
 
 
 def checkpoint_to_resume(run: RunFolder) -> Path | None:
-    """The newest intact checkpoint, with a warning for each newer damaged one; None for a run without any.
+    """Find the newest intact checkpoint, and warn of each newer damaged one.
 
-    Raises UserError if there are some and none is intact.
+    Args:
+        run: the run folder.
+
+    Returns:
+        Its folder; None for a run without checkpoints.
+
+    Raises:
+        UserError: there are some, and none is intact.
     """
     whole, problems = run.last_checkpoint(check_checkpoint)
     for problem in problems:

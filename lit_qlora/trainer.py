@@ -20,6 +20,7 @@ from lit_qlora.arguments import checked_arguments
 from lit_qlora.devices.asked import (
     GPUS,
     MOST_ON_CPU,
+    Precision,
     check_on_cpu,
     check_started,
     check_there,
@@ -29,7 +30,7 @@ from lit_qlora.devices.asked import (
 from lit_qlora.devices.strategy import Replicas
 from lit_qlora.devices.world import world
 from lit_qlora.errors import UserError, one_line
-from lit_qlora.model.device import AMPERE, Precision, choose_precision, current_device, decides_for_another
+from lit_qlora.model.device import AMPERE, choose_precision, current_device, decides_for_another
 from lit_qlora.model.script import CHANGING, FIGURES, check_monitored, refuse_kinds
 from lit_qlora.options import OneLineErrors, quoted
 from lit_qlora.place import COMMAND
@@ -313,7 +314,14 @@ def own_callbacks(given: Callback | list[Callback] | None, validates: bool = Tru
 
 
 def own_plugins(given: Any) -> list[Any]:
-    """The user's own plugins, and that of a single process. Raises UserError for one that duplicates this project."""
+    """The user's own plugins, and that of a single process.
+
+    Args:
+        given: value of trainer.plugins: one, a list, or None.
+
+    Raises:
+        UserError: one duplicates this project.
+    """
     plugins = [*as_list(given)]
     refuse_kinds(plugins, "trainer.plugins", NO_PLUGINS)
     if world().size > 1:  # its strategy says which process this is

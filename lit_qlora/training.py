@@ -214,7 +214,12 @@ class QLoRACLI(LightningCLI):
         self.datamodule.encoder.check_vocabulary(base.shape.vocabulary, base.name)
 
     def open_run(self) -> None:
-        """Open the run folder of a fit and its copy in the mirror, and find what to resume from."""
+        """Open the run folder of a fit and its copy in the mirror, and find what to resume from.
+
+        Raises:
+            UserError: it is another run's, in use, or damaged, or a disk is too small.
+            SystemExit: the run is finished.
+        """
         options, config = self.config[self.verb], self.settings
         mirror = None if options.mirror is None else Path(options.mirror).expanduser()
         if not self.is_named:
@@ -358,7 +363,16 @@ class QLoRACLI(LightningCLI):
     # Running
 
     def fit(self, model: QLoRAModule, datamodule: ChatDataModule) -> None:
-        """Train, from the start or from the newest intact checkpoint."""
+        """Train, from the start or from the newest intact checkpoint.
+
+        Args:
+            model: the module.
+            datamodule: its rows.
+
+        Raises:
+            UserError: for memory that does not suffice, among others.
+            AllEnd: it was trained to the end, and not saved.
+        """
         say_loading(model, datamodule)
         try:
             self.trainer.fit(model, datamodule=datamodule, ckpt_path=self.resume_from)
@@ -392,7 +406,12 @@ class QLoRACLI(LightningCLI):
             raise AllEnd(1)
 
     def validate(self, model: QLoRAModule, datamodule: ChatDataModule) -> None:
-        """Score the held-out rows, or for the verb test the test rows."""
+        """Score the held-out rows, or for the verb test the test rows, and print the figures.
+
+        Args:
+            model: the module.
+            datamodule: its rows.
+        """
         say_loading(model, datamodule)
         score, prefix = {"validate": (self.trainer.validate, "val"), "test": (self.trainer.test, "test")}[self.verb]
         score(model, datamodule=datamodule, ckpt_path=self.resume_from, verbose=False)
@@ -410,7 +429,14 @@ class DryCLI(QLoRACLI):
 
     @classmethod
     def of(cls, command: Command) -> Self:
-        """Run a command up to where it stops. Raises UserError for what fit refuses."""
+        """Run a command up to where it stops.
+
+        Args:
+            command: from its verb on.
+
+        Raises:
+            UserError: for what fit refuses.
+        """
         quieten()
         with ExitStack() as stack, in_one_line():
             return cls(command, stack)
@@ -463,7 +489,17 @@ def in_one_line() -> Iterator[None]:
 
 
 def main(command: Command) -> int:
-    """Run ``command``; return the exit status. Raises UserError."""
+    """Run fit, validate or test.
+
+    Args:
+        command: from its verb on.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        UserError: for what the user can mend.
+    """
     quieten()
     try:
         with peers(), silent_unless_first(), ExitStack() as stack, in_one_line():

@@ -67,7 +67,14 @@ SECTIONS = {"": "The run", "model": "Model", "data": "Data", "trainer": "Trainin
 
 
 def help_asked(args: Sequence[str]) -> str | None:
-    """``short`` or ``all`` where a command line asks for help; None where it does not."""
+    """Find whether a command line asks for help.
+
+    Args:
+        args: the command line, behind its verb.
+
+    Returns:
+        ``short`` or ``all``; None where it does not.
+    """
     for arg, value in zip(args, [*args[1:], ""], strict=False):
         if arg in ("-h", "--help", "--help.all", "--help-all") or arg.startswith("--help="):
             return "all" if "all" in arg or value == "all" else "short"
@@ -77,7 +84,11 @@ def help_asked(args: Sequence[str]) -> str | None:
 def help_of_class(args: Sequence[str]) -> str | None:
     """The help that a command line asks for as ``--OPTION.help [CLASS]``: of Lightning's class, or which there are.
 
-    None where it asks for none.
+    Args:
+        args: the command line, behind its verb.
+
+    Returns:
+        The text; None where it asks for none.
 
     Raises:
         UserError: the option takes no class, or the class is none of Lightning's for it.

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from ctypes import CDLL
 from pathlib import Path
+from typing import Literal
 
 from lit_qlora.devices.world import world
 from lit_qlora.errors import UserError
@@ -13,6 +14,9 @@ from lit_qlora.wording import number_of
 
 MOST_ON_CPU = max(8, os.cpu_count() or 1)
 """Processes on a CPU, at most: there they are for trying."""
+
+Precision = Literal["auto", "16-mixed", "bf16-mixed", "32-true"]
+"""Values of ``trainer.precision``."""
 
 GPUS = ("gpu", "cuda")
 """Values of ``trainer.accelerator`` that ask for a GPU."""

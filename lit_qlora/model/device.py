@@ -16,9 +16,9 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from lit_qlora.devices.asked import Precision
 from lit_qlora.errors import UserError, require
 
-Precision = Literal["auto", "16-mixed", "bf16-mixed", "32-true"]
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
 
 AMPERE = (8, 0)

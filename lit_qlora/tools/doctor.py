@@ -48,7 +48,17 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(args: list[str]) -> int:
-    """Print the findings for ``args``, the options; return the exit status: 2 if something would stop a fit."""
+    """Print the findings.
+
+    Args:
+        args: the options, as on the command line.
+
+    Returns:
+        The exit status: 2 if something would stop a fit.
+
+    Raises:
+        UserError: for a wrong option.
+    """
     try:
         options, unknown = parser().parse_known_args(["--help" if arg == "--help=all" else arg for arg in args])
     except SystemExit as stop:  # --help

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from lit_qlora.console import WIDTH
 from lit_qlora.data.held_out import check_early_to_score
 from lit_qlora.data.records import Reading
+from lit_qlora.devices.asked import Precision
 from lit_qlora.errors import UserError, require
 from lit_qlora.figures.lines import json_number
 from lit_qlora.quiet import quieten
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from lit_qlora.tools.scoring.intervals import Compared, Figure
     from lit_qlora.tools.scoring.questions import Subject
     from lit_qlora.tools.scoring.rows import Scoring
-
-Precision = Literal["auto", "16-mixed", "bf16-mixed", "32-true"]
 
 QUESTION_BATCH_TOKENS = 4096
 NO_LIMIT = 2**40
@@ -82,6 +81,9 @@ def evaluate(
         draws: number of bootstrap samples.
         seed: seed of the bootstrap.
         output: a .json to write the figures to; it must not exist.
+
+    Raises:
+        UserError: for a wrong option, row or question, no adapter, and an output that can't be written.
     """
     require(max_length is None or max_length >= 8, "max_length", "at least 8 tokens", max_length)
     require(batch_tokens is None or batch_tokens >= 1, "batch_tokens", "at least 1 token", batch_tokens)

@@ -41,7 +41,18 @@ class InspectCLI(DryCLI):
 
 
 def main(command: Command) -> int:
-    """Print what a fit, whose options are those of ``command``, learns; return the exit status."""
+    """Print what a fit learns.
+
+    Args:
+        command: of fit's options, and what is shown.
+
+    Returns:
+        The exit status: 1 if a row has a fault that is not accepted.
+
+    Raises:
+        UserError: for options that fit would refuse.
+        SaveError: the page can't be written.
+    """
     cli = InspectCLI.of(command)
     seen, whole = cli.found, cli.config[cli.verb].row is not None
     shows_colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"

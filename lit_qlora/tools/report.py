@@ -12,6 +12,9 @@ def report(run: str | None = None) -> None:
 
     Args:
         run: run folder; default: the run that was started last.
+
+    Raises:
+        UserError: there is no such run, or the page can't be written.
     """
     folder = open_run(run)
     for problem in damage(folder):

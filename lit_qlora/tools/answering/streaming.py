@@ -29,7 +29,14 @@ class TextStream:
         self._shown = 0
 
     def add(self, token: int) -> str:
-        """The text that has become certain; empty while a character or a space is open."""
+        """Take one more id of the answer.
+
+        Args:
+            token: the id.
+
+        Returns:
+            The text that has become certain; empty while a character or a space is open.
+        """
         self._ids.append(token)
         tokenizer = self._encoder.tokenizer
         if token in tokenizer.all_special_ids or BYTE.fullmatch(str(tokenizer.convert_ids_to_tokens(token))):

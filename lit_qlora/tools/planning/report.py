@@ -43,7 +43,14 @@ class Verdict(NamedTuple):
 
 
 def lines(plan: Plan) -> Iterator[str]:
-    """The plan; its last line is the verdict."""
+    """The words of a plan.
+
+    Args:
+        plan: what they are of.
+
+    Yields:
+        Lines; the last is the verdict.
+    """
     forecast = plan.forecast
     card = forecast.card.name
     assumed = ", assumed: give --gpu NAME for another" if plan.is_assumed else ""
@@ -54,7 +61,11 @@ def lines(plan: Plan) -> Iterator[str]:
 
 
 def verdict(forecast: Forecast) -> Verdict:
-    """The verdict: it fits, or else the smallest change with which it does."""
+    """The verdict: it fits, or else the smallest change with which it does.
+
+    Args:
+        forecast: of the settings as they are.
+    """
     of = f"{forecast.needed_gib:.2f} of {forecast.card.memory_gib:.2f} GiB"
     if forecast.fits():
         return Verdict(True, f"{_surely(forecast) or 'fits'}: {of}")

@@ -103,7 +103,11 @@ class Hub:
                 )
 
     def effect(self, contents: Iterable[str]) -> str:
-        """Who will see it, and which existing files are replaced."""
+        """Who will see what is sent, and how many existing files are replaced, in words.
+
+        Args:
+            contents: the names of the files to send.
+        """
         private = self._there.private if self._there else not self.public
         seen = "private" if private else "PUBLIC, for everybody to see"
         if self._there is None:

@@ -16,8 +16,8 @@ from lit_qlora.batch import Batch
 from lit_qlora.console import progress_bar
 from lit_qlora.data.batching import BatchPlan
 from lit_qlora.data.datamodule import ChatDataModule
+from lit_qlora.devices.asked import Precision
 from lit_qlora.errors import UserError
-from lit_qlora.model.device import Precision
 from lit_qlora.model.loss import token_cross_entropies
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.tools.answering.answerer import ResolvedAdapter
@@ -32,7 +32,15 @@ class Scorer(QLoRAModule):
     read: Callable[[Batch], torch.Tensor]
 
     def predict_step(self, batch: Batch, batch_idx: int) -> tuple[tuple[int, ...], torch.Tensor]:
-        """The rows of a batch, and their scores."""
+        """Score a batch; Lightning calls it.
+
+        Args:
+            batch: padded or packed.
+            batch_idx: its number, which is not used.
+
+        Returns:
+            The batch's rows by their numbers, and their scores, ``[rows, k]`` in fp64.
+        """
         return batch.rows, self.read(batch).double().cpu()
 
     def sums(self, batch: Batch) -> torch.Tensor:

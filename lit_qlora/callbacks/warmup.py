@@ -34,14 +34,14 @@ class WarmupStep(Callback):
             module.together = lowest(together_on_host(module, data, trainer))
             if module.together > 1:
                 trainer.print(f"{module.together} micro-batches of a step go through a layer together")
-        if module.device.type == "cpu" and not self.on_cpu:
-            return
+            if not self.on_cpu:
+                return
         forecast = foresee(module, data, trainer)
         if forecast:
-            module.uses_cuda_graphs = bool(lowest(forecast.step.uses_cuda_graphs))
-        if forecast and module.checkpointing == "auto":
             # Of several devices, the one with the least room decides.
-            for name in ("kept_layers", "hosted_layers", "dequantised_layers", "together"):
+            module.uses_cuda_graphs = bool(lowest(forecast.step.uses_cuda_graphs))
+            kept = ("kept_layers", "hosted_layers", "dequantised_layers", "together")
+            for name in kept if module.checkpointing == "auto" else ():
                 setattr(module, name, lowest(getattr(forecast.step, name)))
         if forecast and module.uses_cuda_graphs:
             shapes = forecast.batches.shapes

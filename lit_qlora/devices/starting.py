@@ -95,7 +95,6 @@ def _by_slurm() -> dict[str, str] | None:
     number = os.environ.get("SLURM_STEP_NUM_TASKS", "")
     if not number.isdecimal() or int(number) < 2:
         return None
-    environment = os.environ
     defaults = {
         "SLURM_PROCID": "",
         "SLURM_LOCALID": "",
@@ -103,8 +102,8 @@ def _by_slurm() -> dict[str, str] | None:
         "SLURM_JOB_ID": "0",
         "SLURM_STEP_ID": "0",
     }
-    found = {name: environment.get(name, default).strip() for name, default in defaults.items()}
-    first = re.match(r"[^,\[\s]+(?:\[(\d+))?", environment.get("SLURM_STEP_NODELIST", "localhost"))
+    found = {name: os.environ.get(name, default).strip() for name, default in defaults.items()}
+    first = re.match(r"[^,\[\s]+(?:\[(\d+))?", os.environ.get("SLURM_STEP_NODELIST", "localhost"))
     wrong = [name for name, value in found.items() if not value.isdecimal()]
     if wrong or first is None:
         raise half_of("SLURM_STEP_NUM_TASKS", (*wrong, "SLURM_STEP_NODELIST")[0], "srun")
@@ -116,9 +115,9 @@ def _by_slurm() -> dict[str, str] | None:
         "RANK": str(rank),
         "LOCAL_RANK": str(local_rank),
         "LOCAL_WORLD_SIZE": str(-(-int(number) // nodes)),
-        "MASTER_ADDR": environment.get("MASTER_ADDR", "127.0.0.1" if nodes == 1 else host),
+        "MASTER_ADDR": os.environ.get("MASTER_ADDR", "127.0.0.1" if nodes == 1 else host),
         # Jobs and steps may run side by side.
-        "MASTER_PORT": environment.get("MASTER_PORT", str(15000 + (job + 97 * step) % 5000)),
+        "MASTER_PORT": os.environ.get("MASTER_PORT", str(15000 + (job + 97 * step) % 5000)),
     }
 
 

@@ -158,8 +158,7 @@ class ComputesSums(LightningModule):
         self.kept_layers = self.hosted_layers = self.dequantised_layers = 0
         if self.slow_because:
             checkpoint_layers(self._llama.model.layers, "full")
-        self._layers.clear()
-        self._weights.clear()
+        self._forget_layers()
 
     def _release(self) -> None:
         """Free the recordings, and the memory of the host that tensors waited in."""
@@ -167,7 +166,7 @@ class ComputesSums(LightningModule):
         self._host_store.close()
 
     def _forget_layers(self) -> None:
-        """Discard extracted layers and recordings: Lightning moves the model between two of its runs."""
+        """Discard extracted layers and recordings, which are of one setting and of a model that stays in place."""
         self._layers.clear()
         self._weights.clear()
         self._release()

@@ -72,12 +72,9 @@ def add_lora(model: "PreTrainedModel", lora: Lora) -> "PeftModel":
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft takes any number
+        **{key: getattr(lora, name) for name, key in IN_CONFIG.items()},
         lora_dropout=lora.dropout,
         target_modules=list(target_names(lora.target_modules)),
-        use_rslora=lora.rslora,
-        use_dora=lora.dora,
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, config)  # type: ignore[return-value]

@@ -17,10 +17,11 @@ HOST_S_PER_LAYER = 0.008
 H100, in a virtual machine with torch 2.11; others may be twice as fast."""
 
 CARD_S_PER_LAYER = 0.0007
-"""Time per layer and micro-batch, however small, in which a card is not at its rates: its kernels, some 140, begin and
-end one after the other, none in less than 4 µs. From 6,445 / 7,675 / 8,325 / 8,802 tokens/s at 1 / 2 / 4 / 8 x 1,024
-tokens (`benchmarks/growth.py --t4` with a 7B on an H100, docs/memory-and-speed.md): a straight line in time, whose
-start, less dequantisation, is this much beside the slope that the rates give it."""
+"""Time per layer and micro-batch, however small, in which a card is not at its rates: its kernels, more than 100, begin
+and end one after the other, none in less than 4 µs. From 9,136 / 10,608 / 11,533 / 12,161 tokens/s at 1 / 2 / 4 / 8 x
+1,024 tokens (`benchmarks/growth.py --t4` with a 7B on an H200, recorded, docs/memory-and-speed.md): a straight line in
+time, whose start of 33 ms, less dequantisation at the card's bandwidth, is 0.8 ms per layer; 0.25 of it is that
+bitsandbytes reached half of that bandwidth, where one kernel does now. 0.7 was an H100's, not measured again."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from lit_qlora.options import LINKED
 from lit_qlora.place import CONFIGS
 from lit_qlora.secrecy import holds_secret
 from lit_qlora.storage.config_file import NoReferences, problem_of
-from lit_qlora.storage.files import NO_VALUE
+from lit_qlora.storage.files import NO_VALUE, decoded
 from lit_qlora.storage.run import RunFolder
 from lit_qlora.text.conversation import HALF, is_whole
 
@@ -47,10 +47,7 @@ def check_config_file(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoade
         raise UserError(f"{path} is a folder, expected a YAML file", option="config")
     if not path.is_file() or path.suffix in (".jsonl", ".csv", ".tsv", ".parquet"):
         raise _no_config(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"not UTF-8 (byte {error.start})", place=path, remedy="save it as UTF-8") from error
+    text = decoded(path.read_bytes(), place=path)
     root: yaml.Node | None = None
     try:
         root = yaml.compose(text, Loader=loader)

@@ -143,6 +143,23 @@ LFS = b"version https://git-lfs"
 """The beginning of what git leaves in place of a large file where git-lfs is missing."""
 
 
+def decoded(content: bytes, *, remedy: str = "save it as UTF-8", **fields: Any) -> str:
+    """The text in UTF-8 bytes, without a mark at their start.
+
+    Args:
+        content: the bytes.
+        remedy: of the error.
+        **fields: of the error, such as ``place``.
+
+    Raises:
+        UserError: they are no UTF-8.
+    """
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"not UTF-8 (byte {error.start})", remedy=remedy, **fields) from error
+
+
 def parse_json(text: str | bytes, **options: Any) -> Any:
     """`json.loads` whose only error is ValueError: files come from anywhere.
 

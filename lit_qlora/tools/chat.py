@@ -10,6 +10,7 @@ from typing import Any
 
 from lit_qlora.errors import UserError, require
 from lit_qlora.model.generate import Sampling
+from lit_qlora.storage.files import decoded
 from lit_qlora.text.conversation import Conversation, Turn
 from lit_qlora.tools.answering.answerer import Answerer, check_prompt, choose_adapter
 from lit_qlora.tools.answering.dialog import cut_note
@@ -53,7 +54,8 @@ def chat(
     elif share or port is not None:
         raise UserError("it only works together with --web", option="share" if share else "port")
     elif prompt is None and not sys.stdin.isatty():
-        prompt, source = _standard_input(), {"place": "standard input"}
+        source = {"place": "standard input"}
+        prompt = decoded(sys.stdin.buffer.read(), remedy="convert it, with iconv for example", **source)
     if prompt is not None and not prompt.strip():
         raise UserError("expected a question, got nothing", remedy="write one, or leave --prompt out to talk", **source)
     answerer = Answerer(choose_adapter(run, adapter, base))
@@ -70,14 +72,6 @@ def chat(
         if not (run or adapter):  # on standard error, since the answer may be piped
             print(f"(the newest run's adapter answers: {answerer.adapter})", file=sys.stderr, flush=True)
         _answer_once(answerer, question, sampling)
-
-
-def _standard_input() -> str:
-    try:
-        return sys.stdin.buffer.read().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        remedy = "convert it, with iconv for example"
-        raise UserError(f"not UTF-8 (byte {error.start})", place="standard input", remedy=remedy) from error
 
 
 def _answer_once(answerer: Answerer, question: Conversation, sampling: Sampling) -> None:

@@ -20,12 +20,12 @@ from lit_qlora.figures.lines import json_number
 from lit_qlora.quiet import quieten
 from lit_qlora.storage.files import SaveError, output_path, require_folder, require_new, write_file
 from lit_qlora.tools.answering.answerer import ResolvedAdapter, choose_adapter
+from lit_qlora.tools.scoring.questions import LETTERS, Prompts, Style, Subject, examples_for, read_subjects
 from lit_qlora.wording import number_of
 
 if TYPE_CHECKING:
     from lit_qlora.data.datamodule import ChatDataModule
     from lit_qlora.tools.scoring.intervals import Compared, Figure
-    from lit_qlora.tools.scoring.questions import Subject
     from lit_qlora.tools.scoring.rows import Scoring
 
 QUESTION_BATCH_TOKENS = 4096
@@ -56,7 +56,7 @@ def evaluate(
     mmlu: str | None = None,
     shots: Literal[0, 5] = 0,
     examples: str | None = None,
-    style: Literal["plain", "chat"] = "plain",
+    style: Style = "plain",
     precision: Precision | None = None,
     batch_tokens: int | None = None,
     draws: int = 1000,
@@ -170,7 +170,7 @@ def _score_held_out(scoring: "Scoring", data: "ChatDataModule", part: str, draws
 # Questions
 
 
-def _read_questions(mmlu: str | None, shots: int, examples: str | None) -> list[tuple["Subject", Any]]:
+def _read_questions(mmlu: str | None, shots: int, examples: str | None) -> list[tuple[Subject, Any]]:
     """The subjects with their examples."""
     if mmlu is None:
         for name, given in (("shots", shots), ("examples", examples)):
@@ -183,8 +183,6 @@ def _read_questions(mmlu: str | None, shots: int, examples: str | None) -> list[
         )
     if examples and not shots:
         raise UserError(f"{examples} is given, and shots is 0", option="examples", remedy="give --shots 5")
-    from lit_qlora.tools.scoring.questions import examples_for, read_subjects
-
     if examples and Path(examples).resolve() == Path(mmlu).resolve():
         raise UserError(f"{examples} holds the questions themselves", option="examples", remedy="give MMLU's dev file")
     subjects = read_subjects("mmlu", mmlu)
@@ -192,12 +190,8 @@ def _read_questions(mmlu: str | None, shots: int, examples: str | None) -> list[
     return [(subject, examples_for(subject, known, shots)) for subject in subjects]
 
 
-def _encode(
-    chosen: ResolvedAdapter, subjects: Sequence[tuple["Subject", Any]], style: Literal["plain", "chat"]
-) -> Asked:
+def _encode(chosen: ResolvedAdapter, subjects: Sequence[tuple[Subject, Any]], style: Style) -> Asked:
     """Raises UserError naming the place of a question that does not fit into the base's context."""
-    from lit_qlora.tools.scoring.questions import LETTERS, Prompts
-
     prompts, context = Prompts(chosen.encoder(NO_LIMIT), style), chosen.base.context_tokens
     encoded: list[list[list[int]]] = []
     for subject, examples in subjects:

@@ -6,6 +6,7 @@ process that resumes after a kill gives the same output.
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -22,7 +23,7 @@ from lit_qlora.data.sources import Source, SourceOption, find_splits, read_sourc
 from lit_qlora.data.splits import FILES
 from lit_qlora.errors import UserError, require
 from lit_qlora.model.generate import Sampling
-from lit_qlora.storage.files import SaveError, output_path, require_folder
+from lit_qlora.storage.files import SaveError, decoded, output_path, require_folder
 from lit_qlora.text.conversation import Conversation
 from lit_qlora.text.formats import PromptFormat
 from lit_qlora.text.messages import LAST_UNSEEN
@@ -256,11 +257,9 @@ def _rows_of(source: Source, columns: Sequence[str]) -> list[Row]:
 
 def _lines_of(path: Path) -> Iterator[Row]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"not UTF-8 (byte {error.start})", place=path, remedy="save it as UTF-8") from error
+        text = decoded(path.read_bytes(), place=path)
     except OSError as error:
         raise UserError(f"can't be read ({error.strerror})", place=path) from error
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(re.split(r"\r\n?|\n", text), 1):
         if line.strip():
             yield Row(f"{path}:{number}", {"prompt": line.strip()})

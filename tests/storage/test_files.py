@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lit_qlora.cli import main
-from lit_qlora.storage.files import output_path, write_file
+from lit_qlora.storage.files import decoded, output_path, write_file
 
 
 @pytest.fixture
@@ -61,3 +61,8 @@ def test_what_is_written_is_no_file_elsewhere(here):
     write_file(Path("folder/report.html"), "text")
     assert (Path("folder/report.html").read_text(), Path("file").read_text()) == ("text", "")
     assert not Path("folder/report.html").is_symlink()
+
+
+def test_text_is_utf_8_with_a_mark_at_its_start_or_none(expect_error):
+    assert decoded("\ufeffé\r\n".encode()) == decoded("é\r\n".encode()) == "é\r\n"
+    expect_error(lambda: decoded(b"a\xe9", place="a.yaml"), "byte 1", "save it as UTF-8", place="a.yaml")

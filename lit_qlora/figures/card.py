@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_qlora.data.sources import HUB_ID, paths_of
-from lit_qlora.figures.charts import CURVES, draw_curves
+from lit_qlora.figures.charts import CURVES, draw_curves, peak_of
 from lit_qlora.figures.render import filled
 from lit_qlora.figures.samples import ends_in_words
 from lit_qlora.storage.config_file import as_yaml
@@ -180,9 +180,8 @@ def _cost(figures: Mapping[int, Mapping[str, Any]], step: int, training_s: float
     if training_s:
         yield f"{training_s / 3600:.2g} hours in them"
     for name in sorted({name for line in figures.values() for name in line if name.startswith("memory/")}):
-        peak = max(float(line[name]) for line in figures.values() if name in line)
         what = name.removeprefix("memory/").removesuffix("_gib").replace("_", " ")
-        yield f"{what} memory at most {peak:.2f} GiB"
+        yield f"{what} memory at most {peak_of(figures, name) or 0:.2f} GiB"
 
 
 def addressed(text: str, to: str) -> str:

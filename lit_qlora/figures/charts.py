@@ -250,4 +250,4 @@ def peak_of(figures: Figures, name: str) -> float | None:
         figures: finite figures by optimizer step.
         name: name of the figure.
     """
-    return max((line[name] for line in figures.values() if name in line and math.isfinite(line[name])), default=None)
+    return max((value for _, value in points(figures, name)), default=None)

@@ -186,8 +186,7 @@ class Board:
             with suppress(OSError):
                 for file in old:
                     file.unlink(missing_ok=True)
-                if newest.is_file():
-                    os.truncate(newest, 0)
+                os.truncate(newest, 0)
 
     def _about(self) -> Iterator[Event]:
         """What the run is: its configuration as a text, and for the page HPARAMS."""

@@ -63,8 +63,6 @@ def write_folder(
         SaveError: the system refused a write; the message has the bytes needed and the bytes free.
         ValueError: `fill` wrote something other than regular files with portable names.
     """
-    if os.path.lexists(target) and not (replace and target.is_dir()):
-        raise FileExistsError(errno.EEXIST, "already exists and is not overwritten", str(target))
     with _written_aside(target, replace, needed_bytes) as temporary:
         temporary.mkdir(parents=True)
         fill(temporary)
@@ -86,8 +84,6 @@ def copy_folder(source: Path, target: Path, *, replace: bool = False, may_differ
         DamagedFolderError: the source or the copy differs from the manifest.
         SaveError: something could not be read or written.
     """
-    if target.exists() and not replace:
-        raise FileExistsError(errno.EEXIST, "already exists and is not overwritten", str(target))
     files = _read_manifest(source)
     with _written_aside(target, replace, sum(int(entry["bytes"]) for entry in files.values())) as temporary:
         temporary.mkdir()
@@ -101,7 +97,12 @@ def copy_folder(source: Path, target: Path, *, replace: bool = False, may_differ
 
 @contextmanager
 def _written_aside(target: Path, replace: bool, needed_bytes: int | None) -> Iterator[Path]:
-    """A path beside ``target`` for a folder that takes its place once it is written; after any error it is gone."""
+    """A path beside ``target`` for a folder that takes its place once it is written; after any error it is gone.
+
+    Raises FileExistsError if there is one already, and it is not to be replaced.
+    """
+    if os.path.lexists(target) and not (replace and target.is_dir()):
+        raise FileExistsError(errno.EEXIST, "already exists and is not overwritten", str(target))
     temporary = _aside(target, "tmp")
     try:
         yield temporary

@@ -171,7 +171,7 @@ class Encoder:
         """
         remaining = iter(conversations)
         while some := list(islice(remaining, CONVERSATIONS_A_CALL)):
-            cut = [self._pieces(conversation) for conversation in some]
+            cut = [self.prompt_format.pieces(conversation) for conversation in some]
             ids = iter(self._ids([piece for pieces in cut for piece in pieces]))
             for conversation, pieces in zip(some, cut, strict=True):
                 learned = self._may_be_learned(conversation, pieces)
@@ -215,14 +215,6 @@ class Encoder:
         for (number, turn), (is_answer, run) in zip(enumerate(conversation.turns), runs, strict=True):
             may = turn.learned and not (last is not None and is_answer and number < last)
             yield from (may for _ in run)
-
-    def _pieces(self, conversation: Conversation) -> list[Piece]:
-        """Those of the prompt format; of a plain text, itself between BOS and EOS."""
-        if not conversation.is_text:
-            return self.prompt_format.pieces(conversation)
-        spelled, text = self.prompt_format.spelled, conversation.turns[0].content
-        begin = [Piece(spelled.bos, False, "token")] if spelled.bos else []
-        return [*begin, Piece(text, True, "stretch"), Piece(spelled.eos, True, "token")]
 
     def prompt(self, conversation: Conversation) -> list[int]:
         """The ids of an open prompt: the answer starts right after the last one.

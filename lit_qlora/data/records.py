@@ -371,8 +371,7 @@ def _to_records(name: str, rows: list[Row], reading: Reading) -> Records:
             lost.append(LeftOut(row.where, reason))
             continue
         try:
-            if not conversation.is_text:
-                reading.prompt_format.pieces(conversation)
+            reading.prompt_format.pieces(conversation)
         except ValueError as error:  # one hostile row must not stop a run
             if reading.strict:
                 raise SourceError(row.where, str(error), "mend or delete this row, or leave out data.strict") from error

@@ -79,16 +79,28 @@ class PromptFormat(ABC):
         """The special tokens; Llama's until others are known."""
         return self.tokens or SpecialTokens()
 
-    @abstractmethod
     def pieces(self, conversation: Conversation) -> list[Piece]:
         """An open conversation up to where its answer begins, an answered one up to the end of its last answer.
 
         Args:
-            conversation: no plain text.
+            conversation: to be written; of a plain text, that itself stands between BOS and EOS.
 
         Raises:
             ValueError: the format can't hold it, as where a turn holds one of `tags`.
         """
+        if not conversation.is_text:
+            return self._written(self.completed(conversation))
+        said = Piece(conversation.turns[0].content, True, "stretch")
+        return [*self._begin, said, Piece(self.spelled.eos, True, "token")]
+
+    @property
+    def _begin(self) -> list[Piece]:
+        """BOS, if there is one."""
+        return [Piece(self.spelled.bos, False, "token")] if self.spelled.bos else []
+
+    @abstractmethod
+    def _written(self, conversation: Conversation) -> list[Piece]:
+        """The `pieces` of a conversation that has its system text, and is no plain text."""
 
     def completed(self, conversation: Conversation) -> Conversation:
         """``conversation`` with the format's system text, if it has none.

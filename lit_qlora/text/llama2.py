@@ -65,15 +65,12 @@ class Llama2(PromptFormat):
     title = "the Llama 2 format"
     version = title
 
-    def pieces(self, conversation: Conversation) -> list[Piece]:
+    def _written(self, conversation: Conversation) -> list[Piece]:
         """`segments`, with BOS before each prompt and EOS after each answer."""
         pieces = []
-        for text, is_answer in segments(self.completed(conversation)):
+        for text, is_answer in segments(conversation):
             said = Piece(text, is_answer, "stretch")
-            if is_answer:
-                pieces += [said, Piece(self.spelled.eos, True, "token")]
-            else:
-                pieces += [*([Piece(self.spelled.bos, False, "token")] if self.spelled.bos else []), said]
+            pieces += [said, Piece(self.spelled.eos, True, "token")] if is_answer else [*self._begin, said]
         return pieces
 
     @property

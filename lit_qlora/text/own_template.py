@@ -143,16 +143,14 @@ class Template(PromptFormat):
         """By rounds, and whether there is a system text: what was cut so far, or why it can't be."""
         return {}
 
-    def pieces(self, conversation: Conversation) -> list[Piece]:
-        """An open conversation up to where its answer begins, an answered one up to the end of its last answer.
+    def _written(self, conversation: Conversation) -> list[Piece]:
+        """As the template has it, without white space around turns and the system text.
 
-        White space around a turn and around the system text goes. An answer runs from the end of its prompt to
-        `end_of_turn`.
+        An answer runs from the end of its prompt to `end_of_turn`.
 
         Raises ValueError when the template changes or loses what is said or an answer's end, or writes another
         prompt than the one that training had; and when a turn holds one of `tags`.
         """
-        conversation = self.completed(conversation)
         said = [(conversation.system or "").strip(), *(turn.content.strip() for turn in conversation.turns)]
         for index, text in enumerate(said):
             for tag in self.tags_in(text):

@@ -14,7 +14,9 @@ SYSTEM = re.compile(r"^((?:\s*<[^<>\s]+>)*)\s*### System:")
 
 
 def parse(text: str) -> list[dict[str, str | None]]:
-    """Read the messages of a row of any number of turns; the last one may be the human's, still unanswered.
+    """Read the messages of a row of any number of turns.
+
+    The last one may be the human's, still unanswered, with the marker of its answer or without.
 
     The rule for markers: ``### Human:`` and ``### Assistant:``, spelled exactly so, open a turn
     wherever they stand, except right behind an opening quotation mark (white space, then a quote or
@@ -35,6 +37,8 @@ def parse(text: str) -> list[dict[str, str | None]]:
     rows: list[dict[str, str | None]] = [{"role": "system", "content": system.strip()}]
     for name, content in zip(parts[::2], parts[1::2], strict=True):
         rows.append({"role": "user" if name == "Human" else "assistant", "content": content.strip()})
+    if rows[-1] == {"role": "assistant", "content": ""}:  # the marker is there for the answer to follow
+        rows.pop()
     if rows[-1] == {"role": "user", "content": ""} and len(rows) > 2:  # the marker is there as an end
         rows[-1] = {"role": "user", "content": None}
     return rows

@@ -35,6 +35,7 @@ def render(conversation: Conversation) -> str:
     [
         ("### Human: hi### Assistant: yo", said("hi", "yo")),
         ("### Human: hi", said("hi")),
+        ("### Human: hi### Assistant:\n", said("hi")),
         ("### Human: a### Assistant: b### Human: c", said("a", "b", "c")),
         ("### Human: hi ### Assistant: yo", said("hi", "yo")),
         ("\n### Human:\nhi\n\n### Assistant:\nyo\n", said("hi", "yo")),
@@ -67,7 +68,7 @@ def test_rows_are_read_by_the_rule_of_markers(text, expected):
         ("### User: hi\n### Assistant: yo", "no '### Human:' in the text before '### Assistant:'"),
         ("### Instruction: hi ### Assistant: a ### Human: b", "no '### Human:' in the text before '### Assistant:'"),
         ("### Human: ### Assistant: yo", "turn 1: a turn of the user is empty"),
-        ("### Human: hi### Assistant:\n", "turn 2: a turn of the assistant is empty"),
+        ("### Human: hi### Assistant:\n### Human: c", "turn 2: a turn of the assistant is empty"),
     ],
 )
 def test_what_is_no_conversation_is_refused(text, message):

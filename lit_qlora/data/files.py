@@ -34,7 +34,7 @@ PREFERENCES = ("chosen", "rejected")
 """Columns of rows that are not read: where a .csv begins with one, its first line does name the columns."""
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 """What stands between the cells of a .csv, the usual one first."""
-EXAMPLE = '{"text": "### Human: …### Assistant: …"}'
+EXAMPLE = '{"question": "…", "answer": "…"}'
 
 
 class Row(NamedTuple):
@@ -388,11 +388,10 @@ def _row(where: str, value: object) -> Row:
         return Row(where, value)
     if holds_messages(value):
         return Row(where, {"messages": value})
-    example, remedy = EXAMPLE, "mend or delete it"
+    remedy = "mend or delete it"
     if isinstance(value, list):  # cells, of a table without the names of its columns
-        example = '{"question": "…", "answer": "…"}'
         remedy = "write each row with the names of its columns (with pandas: to_json(…, orient='records'))"
-    what = f"holds {kind(value)}, expected an object such as {example}, got {excerpt(value)}"
+    what = f"holds {kind(value)}, expected an object such as {EXAMPLE}, got {excerpt(value)}"
     return Row(where, {}, SourceError(where, what, remedy))
 
 

@@ -16,10 +16,9 @@ from lit_qlora.errors import UserError
 
 GOOD = b'{"text": "### Human: hi### Assistant: yo"}\n'
 HI = {"text": "### Human: hi### Assistant: yo"}
-NAMED = 'expected an object such as {"question": "…", "answer": "…"}'
 BY_ROWS = "write each row with the names of its columns (with pandas: to_json(…, orient='records'))"
-OBJECT = 'expected an object such as {"text": "### Human: …### Assistant: …"}'
-NO_ROWS = 'holds no rows, expected some such as {"text": "### Human: …### Assistant: …"}; check how it was made'
+OBJECT = 'expected an object such as {"question": "…", "answer": "…"}'
+NO_ROWS = 'holds no rows, expected some such as {"question": "…", "answer": "…"}; check how it was made'
 UTF16 = "is UTF-16, expected UTF-8; save it again as UTF-8 (iconv -f UTF-16 -t UTF-8 a.{0} > a-utf8.{0})"
 COLUMNS = columns_of(forms_for("training"))
 BY_COLUMNS = (
@@ -95,12 +94,12 @@ BAD_FILES = {
     "line is a list": (
         "a.jsonl",
         GOOD + b'["a", 1]',
-        f"a.jsonl:2: holds a list, {NAMED}, got ['a', 1]; {BY_ROWS}",
+        f"a.jsonl:2: holds a list, {OBJECT}, got ['a', 1]; {BY_ROWS}",
     ),
     "lists of texts": (
         "a.json",
         b'[["a", "b"], ["c", "d"]]',
-        f"a.json: row 1: holds a list, {NAMED}, got ['a', 'b']; {BY_ROWS}",
+        f"a.json: row 1: holds a list, {OBJECT}, got ['a', 'b']; {BY_ROWS}",
     ),
     "line is a number": (
         "a.jsonl",

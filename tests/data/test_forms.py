@@ -302,11 +302,11 @@ def test_columns_that_make_up_no_form(columns, form, words, option, expect_error
         ({"quesiton": "a", "awnser": "b"}, "give --data.columns.user quesiton --data.columns.assistant awnser"),
         ({"question": "a", "response_j": "better", "response_k": "worse"},
          "name them with --data.columns.user COLUMN --data.columns.assistant COLUMN,"
-         ' or write rows such as {"text": "### Human: …### Assistant: …"}'),
+         ' or write rows such as {"question": "…", "answer": "…"}'),
         ({"inputs": "a", "targets": "b"}, "give --data.columns.user inputs --data.columns.assistant targets"),
         # What is named is read: an object is no answer, nor is what stands in it a row by its name alone.
         ({"question": "a", "answers": {"text": ["b"], "answer_start": [0]}},
-         'write rows such as {"text": "### Human: …### Assistant: …"}'),
+         'write rows such as {"question": "…", "answer": "…"}'),
         ({"id": 1, "data": {"prompt": "a", "response": "b"}}, "write what stands in column 'data' as the row itself"),
         ({"id": 1, "talk": {"messages": TURNS}}, "write what stands in column 'talk' as the row itself"),
         ({"question": "a", "context": "c", "answers": "b", "system": "s"},
@@ -315,7 +315,7 @@ def test_columns_that_make_up_no_form(columns, form, words, option, expect_error
         ({"formatted": "<s>[INST] a [/INST] b </s>", "id": "x"}, "give --data.columns.text formatted"),
         # An answer alone is no conversation, nor is the question that stands elsewhere.
         ({"input": {"messages": TURNS[:1]}, "preferred_output": TURNS[1:], "non_preferred_output": TURNS[1:]},
-         'write rows such as {"text": "### Human: …### Assistant: …"}'),
+         'write rows such as {"question": "…", "answer": "…"}'),
         ({"My Question": "a", "Texts": TEXT}, "give --data.columns.text Texts"),
         ({"message": TURNS}, "give --data.columns.messages message"),
         ({"turns": TURNS, "system": "s"}, "give --data.columns.messages turns --data.columns.system system"),
@@ -323,15 +323,15 @@ def test_columns_that_make_up_no_form(columns, form, words, option, expect_error
         ({"system": "SYSTEM: s", "chat": "USER: a\n\n\nASSISTANT: b"}, WRITE_TURNS),
         ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}, WRITE_TURNS),
         ({"prompt": {"text": "a", "role": "prompter", "replies": []}},
-         'write rows such as {"text": "### Human: …### Assistant: …"}'),
+         'write rows such as {"question": "…", "answer": "…"}'),
         ({"my items": SHARED}, "give --data.columns.messages 'my items'"),
         ({"turns": json.dumps(TURNS)}, "give --data.columns.messages turns"),
         ({"Frage": "hi", "Antwort": "yo"}, "name them with --data.columns.user COLUMN --data.columns.assistant COLUMN,"
-         ' or write rows such as {"text": "### Human: …### Assistant: …"}'),
+         ' or write rows such as {"question": "…", "answer": "…"}'),
         # Not by its name alone.
-        ({"message": "hi"}, 'write rows such as {"text": "### Human: …### Assistant: …"}'),
-        ({"context": "hi"}, 'write rows such as {"text": "### Human: …### Assistant: …"}'),
-        ({"texts": [1]}, 'write rows such as {"text": "### Human: …### Assistant: …"}'),
+        ({"message": "hi"}, 'write rows such as {"question": "…", "answer": "…"}'),
+        ({"context": "hi"}, 'write rows such as {"question": "…", "answer": "…"}'),
+        ({"texts": [1]}, 'write rows such as {"question": "…", "answer": "…"}'),
     ],
 )  # fmt: skip
 def test_a_row_that_is_not_read_has_the_options_named_that_read_it(row, remedy):

@@ -121,7 +121,7 @@ NO_COLUMN = "no column 'messages' or 'conversations' or "
 BAD_ROWS = {
     "wrong columns": ({"title": "hi", "body": "yo"}, [NO_COLUMN, "['title', 'body']", "write rows such as"]),
     "near column": ({"Texts": "hi"}, [NO_COLUMN, "['Texts']", "--data.columns.text Texts"]),
-    "no columns": ({}, [NO_COLUMN, "got {}", '{"text": "### Human: …### Assistant: …"}']),
+    "no columns": ({}, [NO_COLUMN, "got {}", '{"question": "…", "answer": "…"}']),
     "number": ({"text": 3.5}, ["'text' holds a number", "{'text': 3.5}"]),
     "null": ({"text": None}, ["'text' holds null"]),
     "list": ({"text": ["a"]}, ["'text' holds a list", "{'text': ['a']}"]),

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lit_qlora.model.device import AMPERE
+
 WORDS = 256
 """Words of 8 values that one program dequantises: two for each of its threads."""
 
@@ -43,7 +45,12 @@ def dequantise(values: Tensor, state: Any, offset: Tensor | None) -> Tensor:
 
 
 def can_dequantise(values: Tensor, state: Any) -> bool:
-    """True for NF4 in whole words, with scales in fp32, nested or not: what bitsandbytes makes of usual shapes."""
+    """True for NF4 in whole words, with scales in fp32, nested or not: what bitsandbytes makes of usual shapes.
+
+    Not into bf16 below compute capability 8.0, which can't round to it; 4-bit files made elsewhere may ask for it.
+    """
+    if state.dtype == torch.bfloat16 and torch.cuda.get_device_capability(values.device) < AMPERE:
+        return False
     scales = state.state2.absmax if state.nested else state.absmax
     count = math.prod(state.shape)
     has_words = count % 8 == 0 and values.data_ptr() % 4 == 0 and count < 2**31

@@ -43,6 +43,15 @@ def test_values_that_begin_within_a_word_are_left_to_bitsandbytes():
     assert nf4.can_dequantise(values, state) and not nf4.can_dequantise(shifted, state)
 
 
+def test_a_card_without_bf16_leaves_it_to_bitsandbytes(monkeypatch):
+    from lit_qlora.model import nf4
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    for dtype in (torch.float16, torch.bfloat16):
+        weight = torch.randn(64, 64, device="cuda", dtype=dtype)
+        assert nf4.can_dequantise(*functional.quantize_4bit(weight, quant_type="nf4")) == (dtype == torch.float16)
+
+
 def test_a_layer_with_compiled_kernels_takes_it(make_model, monkeypatch):
     model = make_model().to("cuda")
     expected = weights_of(model)[0].get(5, torch.float32)

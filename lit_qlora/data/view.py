@@ -40,17 +40,12 @@ def tokens(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int], learned: It
         ids: the row's, of length T.
         learned: whether each of them is, of length T.
     """
-    special = special_ids(tokenizer)
+    special = special_tokens(tokenizer)
     names = tokenizer.convert_ids_to_tokens(list(ids))
     return [
         Token(id_, printable(name if id_ in special else _text(tokenizer, name)), bool(is_learned), id_ in special)
         for id_, name, is_learned in zip(ids, names, learned, strict=True)
     ]
-
-
-def special_ids(tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
-    """The ids of all tokens that the tokenizer calls special."""
-    return frozenset([*tokenizer.all_special_ids, *special_tokens(tokenizer)])
 
 
 def printable(text: str) -> str:
@@ -113,7 +108,7 @@ def example_lines(
         (learned, [token for token, _ in run])
         for learned, run in groupby(zip(ids, labels, strict=True), lambda pair: pair[1] != IGNORE_INDEX)
     ]
-    special = special_ids(tokenizer)
+    special = special_tokens(tokenizer)
     learned = [place for place, (is_learned, _) in enumerate(runs) if is_learned]
     place = next((place for place in learned if runs[place][1][-1] in special), learned[0])
     answer, prompt = runs[place][1], runs[place - 1][1] if place else []

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 from lit_qlora.batch import IGNORE_INDEX
 from lit_qlora.data.encode import Encoder, Example, Written, joined
-from lit_qlora.data.view import printable, special_ids
+from lit_qlora.data.tokenizer import special_tokens
+from lit_qlora.data.view import printable
 
 _SHORTEN = "a larger data.max_length keeps them whole; else shorten or divide them"
 REMEDIES = {
@@ -57,7 +58,7 @@ class Judge:
     def special(self) -> frozenset[int]:
         """The ids that no text may make, without that of an unknown character, which is a loss."""
         encoder = self.encoder
-        ids = {*special_ids(encoder.tokenizer), encoder.eos_id}
+        ids = {*special_tokens(encoder.tokenizer), encoder.eos_id}
         unknown = encoder.tokenizer.unk_token_id
         return frozenset(ids if unknown in (encoder.bos_id, encoder.eos_id) else ids - {unknown})
 

@@ -190,7 +190,7 @@ def test_how_many_answers_are_context_only_is_told(tmp_path, monkeypatch):
     data = ChatDataModule("rows.json", tokenizer="base", template="mine.jinja", max_length=256, validation_share=0.2)
     data.setup("fit")
     told = [line for line in data.describe() if "context only" in line]
-    assert [line.partition(" are context")[0] for line in told] == [
+    assert [line.partition(" as context")[0] for line in told] == [
         "train: 10 earlier answers", "validation: 2 earlier answers",
     ]  # fmt: skip
     data.trainer, faults = None, []

@@ -34,6 +34,11 @@ REMEDY = {
 class SamePrompts(Callback):
     """A callback that compares a checkpoint to be scored with the prompt format of this start."""
 
+    @property
+    def state_key(self) -> str:
+        """Not the key of `RunIdentity`, which saved the record."""
+        return "SamePrompts"
+
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Raises UserError if the formats differ."""
         record = _record(checkpoint, trainer.ckpt_path)

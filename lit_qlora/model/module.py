@@ -15,6 +15,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torchmetrics import SumMetric
 
 from lit_qlora.arguments import checked_arguments
 from lit_qlora.batch import Batch
@@ -160,9 +161,15 @@ class QLoRAModule(LearnsInParts):
         """Micro-batches of the current step that wait for others, by the device that computes them."""
         self.gradient_norm: Tensor = torch.tensor(0.0)
         """Gradient norm of the last optimizer step, before clipping."""
-        self._sums, self._held_out_sums = AnswerSums(), AnswerSums()
+        self._sums = AnswerSums()
         # Only adapters are saved, so a checkpoint never has all the keys of the module.
         self.strict_loading = False
+        self.held_out_loss, self.held_out_correct, self.held_out_tokens = (
+            # torchmetrics', as a Lightning project has them: subclasses and users' callbacks find what they know. Its
+            # default ignores values that are not finite, and a broken model would be the best.
+            SumMetric(nan_strategy="disable").set_dtype(torch.float64)
+            for _ in range(3)
+        )
 
     # Loading
 
@@ -506,8 +513,10 @@ class QLoRAModule(LearnsInParts):
         check_batch(batch, self.base.shape.vocabulary)
         if self.shards:
             self.shards.count(batch.device)
-        loss_sum, *counts = self.summed_loss(batch) if batch.is_here else self.nothing()
-        self._held_out_sums.add(dict(zip(AnswerSums.NAMES, (loss_sum.double(), *counts), strict=True)))
+        loss_sum, num_correct, num_answers = self.summed_loss(batch) if batch.is_here else self.nothing()
+        self.held_out_loss.update(loss_sum.double())
+        self.held_out_correct.update(num_correct)
+        self.held_out_tokens.update(num_answers)
 
     test_step = validation_step
 
@@ -522,13 +531,20 @@ class QLoRAModule(LearnsInParts):
     def _log_held_out(self, prefix: str) -> None:
         if self.shards:
             self.shards.keep_pace(backward=False)
-        sums = self._held_out_sums.over_all()
-        self._held_out_sums = AnswerSums()
-        if not sums:  # a subclass may score in a way of its own
+        sums = self.held_out_loss, self.held_out_correct, self.held_out_tokens
+        if not self.held_out_tokens.update_called:  # a subclass may score in a way of its own
             return
-        loss, accuracy = sums.means()
-        # The mean comes first: a mean of exponentials is another figure.
-        self._log({f"{prefix}/loss": loss, f"{prefix}/perplexity": loss.exp(), f"{prefix}/accuracy": accuracy})
+        loss_sum, num_correct, tokens = (metric.compute() for metric in sums)
+        loss = loss_sum / tokens
+        self._log(
+            {
+                f"{prefix}/loss": loss,
+                f"{prefix}/perplexity": loss.exp(),  # the mean comes first: a mean of exponentials is another figure
+                f"{prefix}/accuracy": num_correct / tokens,
+            }
+        )
+        for metric in sums:
+            metric.reset()
 
     def _log(self, figures: Mapping[str, Tensor]) -> None:
         """Log by Lightning's own logging. In a run, callbacks log all figures of a step at once."""

@@ -541,7 +541,7 @@ def test_answers_are_given_in_the_same_precision(tiny):
 
 
 def test_a_loss_that_is_not_finite_is_not_left_out_of_the_held_out_sum(module):
-    """As torchmetrics would: a broken model would score better for each token that it breaks on."""
+    """torchmetrics drops NaN by default: a broken model would score better for each token that it breaks on."""
     built = module()
     with torch.no_grad():
         for value in adapter_parameters(built).values():

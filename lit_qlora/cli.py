@@ -85,7 +85,7 @@ def main(args: Sequence[str] | None = None) -> int:
         with leave_in_one_line(resumes=args[:1] in (["fit"], ["predict"], ["push"]), ends_process=is_own):
             return _run(args)
     except UserError as error:
-        report(str(error), error)
+        report(error)
         return 2
     except SaveError as error:
         report(redact(str(error)))

@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from shutil import get_terminal_size
 from typing import Any, TextIO, TypeVar
 
+from lit_qlora.errors import UserError
 from lit_qlora.place import COMMAND
 
 T = TypeVar("T")
@@ -182,18 +183,18 @@ def tell(line: str) -> None:
     tqdm.write(fitted(line, sys.stderr), file=sys.stderr)
 
 
-def complain(line: str, error: BaseException | None = None) -> None:
+def complain(what: str | UserError, mark: str = "") -> None:
     """Print an error or a warning on standard error.
 
     Args:
-        line: begins with ``error: `` or ``warning: ``.
-        error: that it is about. On a terminal its remedy has a line of its own, unless all of it fits one.
+        what: a line, or an error, whose remedy has a line of its own on a terminal unless all of it fits one.
+        mark: stands before it, such as ``error: ``, unless the line begins with one.
     """
-    remedy, place = (getattr(error, name, None) for name in ("remedy", "place"))
-    problem = line.removesuffix(f"; {remedy}")
-    shown = fitted(line, sys.stderr, place)
-    if problem != line != shown:
-        shown = f"{fitted(problem, sys.stderr, place)}\n{fitted(f'{REMEDY}{remedy}', sys.stderr)}"
+    line, error = f"{mark}{what}", what if isinstance(what, UserError) else UserError(str(what))
+    shown = fitted(line, sys.stderr, error.place)
+    if error.remedy and shown != line:
+        problem = fitted(f"{mark}{error.said}", sys.stderr, error.place)
+        shown = f"{problem}\n{fitted(f'{REMEDY}{error.remedy}', sys.stderr)}"
     print(shown, file=sys.stderr, flush=True)
 
 

@@ -46,7 +46,7 @@ class UserError(Exception):
         super().__init__(self.problem)
 
     def __str__(self) -> str:
-        return f"{self._said()}; {self.remedy}" if self.remedy else self._said()
+        return f"{self.said}; {self.remedy}" if self.remedy else self.said
 
     def replace(self, **fields: Any) -> "UserError":
         """The same error with other ``fields``, as for another command's name of the option."""
@@ -55,13 +55,15 @@ class UserError(Exception):
 
     def within(self, option: str) -> "UserError":
         """The same error about the value of ``option``, whose sentence starts with that option."""
-        return UserError(self._said(), option=option, remedy=self.remedy)
+        return UserError(self.said, option=option, remedy=self.remedy)
 
     def advise(self, remedy: str) -> "UserError":
         """The same error with ``remedy`` appended to its own."""
         return self.replace(remedy=f"{self.remedy}; {remedy}" if self.remedy else remedy)
 
-    def _said(self) -> str:
+    @property
+    def said(self) -> str:
+        """The sentence without its remedy."""
         return ": ".join(part for part in (self.place, self.option, self.problem) if part)
 
 

@@ -166,10 +166,10 @@ LONG = UserError(
 def test_an_error_is_wrapped_at_words_for_a_terminal_alone(monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    complain(f"error: {LONG}", LONG)
+    complain(LONG, "error: ")
     assert sys.stderr.getvalue() == f"error: {LONG}\n"
     monkeypatch.setattr(sys, "stderr", Terminal())
-    complain(f"error: {LONG}", LONG)
+    complain(LONG, "error: ")
     assert sys.stderr.getvalue() == (
         "error: my rows/of two years/conversations.jsonl: no such\n"
         "       file, and it is no name that a dataset of the hub\n"
@@ -184,7 +184,7 @@ def test_an_error_is_wrapped_at_words_for_a_terminal_alone(monkeypatch):
 def test_what_is_to_be_copied_is_on_one_line_however_narrow(monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", columns)
     monkeypatch.setattr(sys, "stderr", Terminal())
-    complain(f"error: {LONG}", LONG)
+    complain(LONG, "error: ")
     lines = sys.stderr.getvalue().splitlines()
     for whole in (LONG.place, "--data.source FILE", "python main.py fit --config colab_t4 --run mine", "'it all'"):
         assert any(whole in line for line in lines)
@@ -195,7 +195,7 @@ def test_what_is_to_be_copied_is_on_one_line_however_narrow(monkeypatch, columns
 def test_what_fits_stays_on_one_line_and_a_long_quotation_breaks(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr(sys, "stderr", Terminal())
-    complain("error: a: no; b", UserError("no", option="a", remedy="b"))
+    complain(UserError("no", option="a", remedy="b"), "error: ")
     tell(f"warning: expected a number, got '{'far too long ' * 12}'")
     complain("process 1 of 2:\n" + "Traceback " * 20)
     lines = sys.stderr.getvalue().splitlines()

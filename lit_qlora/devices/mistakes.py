@@ -13,6 +13,7 @@ from typing import Any
 from lit_qlora.console import complain
 from lit_qlora.devices.starting import of_process, was_started
 from lit_qlora.devices.world import OF_TORCHRUN, LostError, board, hang_up, is_first, world
+from lit_qlora.errors import UserError
 
 REACH_S = 20.0
 """How long another process waits for the first to have said something: it may still import torch."""
@@ -20,30 +21,29 @@ LINGER_S = 3.0
 """How long the first stays, so that the others hear that it has."""
 
 
-def report(problem: str, error: BaseException | None = None) -> None:
+def report(problem: str | UserError) -> None:
     """Print ``problem``, with which this command ends, once for all processes of the run.
 
     Args:
-        problem: in one line.
-        error: what it is of; a `LostError` is about another process.
+        problem: in one line; a `LostError` is about another process.
     """
     is_shared = {*OF_TORCHRUN} <= {*os.environ} and not was_started()
     if is_shared and is_first():
-        _print_for_all(problem, error)
-    elif not (is_shared and _is_said(problem, isinstance(error, LostError))):
-        complain(f"error: {problem}" if is_first() else of_process(problem), error)
+        _print_for_all(problem)
+    elif not (is_shared and _is_said(problem)):
+        complain(problem, "error: " if is_first() else of_process())
 
 
-def _print_for_all(problem: str, error: BaseException | None) -> None:
+def _print_for_all(problem: str | UserError) -> None:
     found: Any = None
-    line = f"error: {problem}"
-    if isinstance(error, LostError):  # which one is, and why
+    shown, mark = problem, "error: "
+    if isinstance(problem, LostError):  # which one is, and why
         with suppress(Exception):
             found = board(timedelta(seconds=REACH_S))
             if found.check(["failed"]):
-                rank, _, said = found.get("failed").decode().partition(" ")
-                line = of_process(said, world()._replace(rank=int(rank)))
-    complain(line, error)
+                rank, _, shown = found.get("failed").decode().partition(" ")
+                mark = of_process(world()._replace(rank=int(rank)))
+    complain(shown, mark)
     with suppress(Exception):
         hang_up()
         found = found or board(timedelta(seconds=REACH_S))
@@ -54,8 +54,9 @@ def _print_for_all(problem: str, error: BaseException | None) -> None:
             time.sleep(0.05)
 
 
-def _is_said(problem: str, is_lost: bool) -> bool:
-    """True if the first process has said what is wrong, after hearing it from here unless this one ``is_lost``."""
+def _is_said(problem: str | UserError) -> bool:
+    """True if the first process has said what is wrong, after hearing it from here unless this one has lost another."""
+    is_lost = isinstance(problem, LostError)
     try:
         found = board(timedelta(seconds=REACH_S))
         if not is_lost:

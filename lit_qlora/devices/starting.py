@@ -139,14 +139,14 @@ def was_started() -> bool:
 def lose(error: LostError) -> int:
     """The status of this process, which `run` began and which has lost another; ``error`` is kept like all it says."""
     if world().rank:
-        complain(of_process(str(error)))
+        complain(error, of_process())
     return LOST
 
 
-def of_process(problem: str, place: World | None = None) -> str:
-    """The line for a ``problem`` of one of several processes; by default of this one."""
+def of_process(place: World | None = None) -> str:
+    """What stands before an error of one of several processes, the one at ``place``; by default of this one."""
     place = place or world()
-    return f"error: process {place.rank} of {place.size}: {problem}"
+    return f"error: process {place.rank} of {place.size}: "
 
 
 class _Child:
@@ -262,4 +262,4 @@ def _last_word(child: _Child, count: int) -> str:
         return f"process {child.rank} of {count}:\n{said}"
     if said:  # which names the process
         return said.splitlines()[-1]
-    return of_process(str(lost()) if code == LOST else f"ended with status {code}", World(child.rank, count))
+    return f"{of_process(World(child.rank, count))}{lost() if code == LOST else f'ended with status {code}'}"

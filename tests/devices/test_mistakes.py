@@ -56,7 +56,7 @@ def meets(rank: int) -> str:
         world.join(None)
         highest(1)
     except LostError as error:
-        report(str(error), error)
+        report(error)
         return "lost"
     return "joined"
 

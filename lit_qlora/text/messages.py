@@ -41,6 +41,8 @@ CALLS = ("tool_calls", "function_call")
 """Keys of an assistant's message that hold tool calls."""
 TEXTS = ("text", "input_text", "output_text")
 """Types of content parts whose text is what is said."""
+RESULT = "tool_result"
+"""Type of a part that holds what a tool gave: a text, or parts; Anthropic's API has it in a message of the user."""
 JOINT = "\n\n"
 """What stands between texts that are joined into one turn."""
 
@@ -256,7 +258,9 @@ def _text(
         return None, ()
     if isinstance(content, tuple) and all(isinstance(text, str) for text in content):
         return _joined(JOINT, content, marks)
-    parts = content if isinstance(content, list) else [content]
+    parts = _parts(content)
+    if parts != [content] and any(_type_of(part) == RESULT for part in content):
+        changed[ANSWERED_BY_TOOL] = None
     if isinstance(content, list | dict) and all(isinstance(part, str) or _type_of(part) for part in parts):
         others = [one for part in parts if not isinstance(part, str) and (one := _type_of(part)) not in TEXTS]
         changed |= dict.fromkeys(f"rows with parts of type {one!r}, which are not learned" for one in others)
@@ -267,9 +271,16 @@ def _text(
     if role == "result" and content is not None and not isinstance(content, str):
         return json.dumps(content, ensure_ascii=False), ()
     if not isinstance(content, str):
-        keys = f"; the keys of the turn are {reprlib.repr([*row])}" if content is None else ""
+        keys = f"; its keys are {reprlib.repr([*row])}, expected 'content'" if content is None else ""
         raise ValueError(f"{where}: the {_NAMES.get(role, role)}'s content is text, got {kind(content)}{keys}")
     return _joined("", [content], marks)
+
+
+def _parts(content: Any) -> list[Any]:
+    """The parts of a content, and in place of a tool's result its own."""
+    parts = content if isinstance(content, list) else [content]
+    opened = ([part] if _type_of(part) != RESULT else _parts(part.get("content") or []) for part in parts)
+    return [part for some in opened for part in some]
 
 
 def _joined(joint: str, texts: Sequence[str], marks: Sequence[str]) -> tuple[str, tuple[str, ...]]:

@@ -65,13 +65,13 @@ SYSTEM = {"role": "system", "content": "be kind"}
         ),
         (
             [USER, {"role": "assistant"}],
-            "turn 2: the assistant's content is text, got null; the keys of the turn are ['role']",
+            "turn 2: the assistant's content is text, got null; its keys are ['role'], expected 'content'",
         ),
         ([USER, {"role": "assistant", "content": {"a": 1}}], "turn 2: the assistant's content is text, got one object"),
         ([USER, {"role": "assistant", "content": [1]}], "turn 2: the assistant's content is text, got a list"),
         (
             [{"role": "user", "text": "a"}],
-            "turn 1: the user's content is text, got null; the keys of the turn are ['role', 'text']",
+            "turn 1: the user's content is text, got null; its keys are ['role', 'text'], expected 'content'",
         ),
         ([{"role": "system", "content": 3}, USER], "turn 1: the system's content is text, got a number"),
         ([USER, {"role": "assistant", "content": " \n"}], "turn 2: a turn of the assistant is empty"),
@@ -213,6 +213,18 @@ def test_what_is_said_beside_a_call_is_learned_and_a_result_may_be_an_object():
     rows = [ASKED, {**ASSISTANT, "tool_calls": [CALL]}, {"role": "tool", "content": {"at": "noon", "is": 18}}, TOLD]
     expected = turns("How warm is it?", "yo", '{"at": "noon", "is": 18}', "18 degrees.")
     assert messages.parse(rows) == (Conversation(expected), TOOLS, (), ())
+
+
+@pytest.mark.parametrize("content", ["42", ["42"], [{"type": "text", "text": "42"}]])
+def test_a_tool_s_result_among_the_user_s_parts_stands_in_the_prompt(content):
+    call = {"role": "assistant", "content": [{"type": "tool_use", "id": "x", "name": "f", "input": {}}]}
+    result = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "x", "content": content}]}
+    read = messages.parse([USER, call, result, ASSISTANT])
+    assert read.conversation == Conversation(turns("hi\n\n42", "yo"))
+    assert messages.ANSWERED_BY_TOOL in read.changed
+    assert "rows with parts of type 'tool_use', which are not learned" in read.changed
+    nothing = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "x", "content": None}]}
+    assert messages.parse([USER, ASSISTANT, nothing, ASSISTANT]).conversation == Conversation(ANSWERED)
 
 
 def test_parts_of_a_content_are_joined_and_images_are_not_learned():

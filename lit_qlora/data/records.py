@@ -207,7 +207,10 @@ def check_early(source: Source, split: str, reading: Reading = ANY_FORM, seed: i
 def _nothing(name: str, dropped: Mapping[str, int]) -> SourceError:
     """The error for the source ``name`` of which no row is left, with what became of them."""
     reasons = ", ".join(f"{reason}: {number}" for reason, number in dropped.items()) or "no rows"
-    return SourceError(name, f"no row to train on or score ({reasons})", "expected conversations that end on an answer")
+    remedy = "expected conversations that end on an answer"
+    if any(reason.startswith(UNUSED) for reason in dropped):
+        remedy += ", or name the columns of both with data.columns.user and data.columns.assistant"
+    return SourceError(name, f"no row to train on or score ({reasons})", remedy)
 
 
 def places_early(source: Source, split: str, reading: Reading) -> list[str] | None:

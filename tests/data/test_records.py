@@ -233,6 +233,15 @@ def test_a_split_without_rows_on_the_hub_is_an_error(monkeypatch):
         load_records("owner/name")
 
 
+def test_answers_in_a_column_of_their_own_are_to_be_named(tmp_path, expect_error):
+    row = {"conversations": [{"from": "human", "value": "hi"}], "chosen": {"from": "gpt", "value": "yo"}}
+    file = tmp_path / "a.jsonl"
+    file.write_text(f"{json.dumps(row)}\n" * 2, encoding="utf-8")
+    expect_error(lambda: load_records(str(file)), "nothing answered: 2", "data.columns.assistant", place=file)
+    reading = Reading(columns={"user": "conversations", "assistant": "chosen"})
+    assert load_records(str(file), reading=reading).conversations == [said("hi", "yo")] * 2
+
+
 GOOD = [text("a", "b")] * 9
 BAD = {
     "empty turn": text("", "b"),

@@ -35,6 +35,8 @@ LABELS = ("true", "false")
 LABELLED_BAD = "rows with label false, which calls the answer bad: not learned"
 QUESTIONS = ("instruction", "prompt", "question", "query", "user", "human", "input", "inputs")
 ANSWERS = ("output", "response", "completion", "answer", "answers", "assistant", "chosen", "target", "targets")
+SAYS_NOTHING = ("nan", "<noinput>")
+"""Texts in the place of nothing given to a question: pandas' as a text, and that of data made by a model."""
 WRITE_TURNS = (
     'write its turns as rows such as {"messages": [{"role": "user", "content": "…"}, '
     '{"role": "assistant", "content": "…"}]}'
@@ -119,15 +121,23 @@ def read_row(
         for name, value in row.items()
         if name not in (*used, *system_columns, *labels) and messages.is_there(value)
     ]
-    own = (WHOLE,) if conversation.is_text else (LABELLED_BAD,) if is_bad else ()
+    blank = [name for name in chosen.may_have if name and _says_nothing(row.get(name))]
+    own = [
+        *((WHOLE,) if conversation.is_text else (LABELLED_BAD,) if is_bad else ()),
+        *(f"rows with {row[name].strip()!r} in column {name!r}, left out as nothing" for name in blank),
+    ]
     all_taken_off = tuple(dict.fromkeys([*read.taken_off, *taken_off]))
     return messages.Read(conversation, (*own, *read.changed), (*notes, *read.unused), all_taken_off)
+
+
+def _says_nothing(value: object) -> bool:
+    return isinstance(value, str) and value.strip().lower() in SAYS_NOTHING
 
 
 def _content(row: Mapping[str, Any], column: str | None, form: RowForm) -> Any:
     """What a column holds, as ``form`` has it. Raises RowError where it is no text and is to be one."""
     value = None if column is None else row.get(column)
-    if column in form.may_have and not messages.is_there(value):
+    if column in form.may_have and (not messages.is_there(value) or _says_nothing(value)):
         return None
     if form.holds == "a list":
         return list_in(value)
@@ -162,7 +172,7 @@ def _form_of(row: Mapping[str, Any], forms: Sequence[RowForm], is_whole: bool, u
     titles = " nor ".join(repr(form.title) for form in texts)
     whole = "; plain text is learned whole with data.train_on all" if use == "training" else ""
     problem = f"column {texts[0].needs[0]!r} has neither {titles}, expected a conversation"
-    raise RowError(problem, f"mend or delete this row{whole}")
+    raise RowError(problem, f"{_name_them(row, use, option)}mend or delete this row{whole}")
 
 
 def _first_opened(row: Mapping[str, Any], forms: Sequence[RowForm]) -> RowForm | None:
@@ -240,11 +250,15 @@ def _no_column(row: Mapping[str, Any], forms: Sequence[RowForm], use: Use, optio
             return named({"text": str(name)})
         if isinstance(value, str) and value.lstrip().startswith((*MARKERS_ELSEWHERE,)):
             _refuse_elsewhere(value, str(name), is_whole=False)
-    texts = sum(isinstance(value, str) and bool(value.strip()) for value in row.values())
-    wanted = dict.fromkeys(("user", "assistant") if is_to_train else ("user",), "COLUMN")
-    first = f"name them with {as_options(option, wanted)}, or " if texts > 1 or not is_to_train else ""
     example = EXAMPLE if is_to_train else json.dumps({"prompt": "…"}, ensure_ascii=False)
-    return RowError(problem, f"{first}write rows such as {example}")
+    return RowError(problem, f"{_name_them(row, use, option)}write rows such as {example}")
+
+
+def _name_them(row: Mapping[str, Any], use: Use, option: str) -> str:
+    """The remedy that gives names of columns, where there are as many texts as a row of this ``use`` needs."""
+    texts = sum(isinstance(value, str) and bool(value.strip()) for value in row.values())
+    wanted = dict.fromkeys(("user", "assistant") if use == "training" else ("user",), "COLUMN")
+    return f"name them with {as_options(option, wanted)}, or " if texts > 1 or use == "prompts" else ""
 
 
 def _named_like(names: Mapping[str, str], known: Sequence[str]) -> str | None:

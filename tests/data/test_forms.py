@@ -351,6 +351,23 @@ def test_a_row_that_is_not_read_has_the_options_named_that_read_it(row, remedy):
     assert read_row(row, columns=columns).conversation.is_answered
 
 
+@pytest.mark.parametrize("blank", ["nan", "NaN", " <noinput> "])
+def test_a_text_in_the_place_of_nothing_given_is_left_out_and_counted(blank):
+    row = {"instruction": "hi", "input": blank, "output": "nan"}
+    left_out = (f"rows with {blank.strip()!r} in column 'input', left out as nothing",)
+    assert read_row(row) == (said("hi", "nan"), left_out, (), ())
+    assert read_row({**row, "input": float("nan")}) == (said("hi", "nan"), (), (), ())
+    assert read_row({**row, "input": "None"}).conversation == said("hi\n\nNone", "nan")
+
+
+def test_a_text_and_its_class_are_to_be_named():
+    with pytest.raises(RowError) as caught:
+        read_row({"text": "great", "sentiment": "positive"})
+    assert "--data.columns.user COLUMN --data.columns.assistant COLUMN" in caught.value.remedy
+    named = {"user": "text", "assistant": "sentiment"}
+    assert read_row({"text": "great", "sentiment": "positive"}, columns=named).conversation == said("great", "positive")
+
+
 def test_plain_text_is_read_where_all_of_it_is_learned():
     row = {"text": "Once upon a time.", "system": "x"}
     with pytest.raises(RowError, match="neither '### Human:' nor '\\[INST\\]', expected a conversation") as caught:

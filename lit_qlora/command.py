@@ -19,6 +19,7 @@ from lit_qlora.data.templates import is_template
 from lit_qlora.errors import UserError, excerpt, require
 from lit_qlora.options import (
     CONFIG,
+    HELP,
     configs_first,
     did_you_mean,
     known_as,
@@ -109,7 +110,7 @@ def plain_options(options: Mapping[str, Any], place: Path, verb: str = "fit") ->
             if known_as(name, OF_LIGHTNING) or _is_elsewhere(name, value):
                 continue
             if known_as(name, known) is None or "+" in name:
-                remedy = f"{did_you_mean(name, [*known])}; {REMEDY}"
+                remedy = f"{did_you_mean(name, [*known]) or HELP}; {REMEDY}"
                 raise UserError(f"unknown option {excerpt(name)}", remedy=remedy)
             given[name] = value
         parser = parser_of(tuple(known.values()))

@@ -274,11 +274,11 @@ def _mistake(message: str, names: list[str]) -> UserError:
     if unknown:
         name = (unknown[1] or unknown[2] or unknown[3]).lstrip("-").split("=")[0]
         remedy = did_you_mean(name, names)
-        if remedy == HELP and unknown[2] and not unknown[2].startswith("-"):
+        if not remedy and unknown[2] and not unknown[2].startswith("-"):
             one_value = "an option takes one value, such as '[a.jsonl, b.jsonl]' or a pattern in quotes"
             bare = next((remedy for option, remedy in BARE.items() if option in names), "")
             return UserError(f"{excerpt(name)} is the value of no option", remedy=f"{bare}{one_value}")
-        return UserError(f"unknown option {excerpt(name)}", remedy=remedy)
+        return UserError(f"unknown option {excerpt(name)}", remedy=remedy or HELP)
     section = _SECTION.search(message)
     return no_option(section[1], section[2], names) if section else UserError(one_line(message))
 
@@ -300,8 +300,8 @@ def known_as(name: str, names: Iterable[str]) -> str | None:
     return next((one for one in names if name == one or name.startswith((f"{one}.", f"{one}+"))), None)
 
 
-def did_you_mean(name: str, names: list[str]) -> str:
-    """The remedy for an unknown option: its name here if another program has it, else the nearest name.
+def did_you_mean(name: str, names: list[str]) -> str | None:
+    """The remedy for an unknown option: its name here if another program has it, else the nearest name; None for none.
 
     Args:
         name: as it was written.
@@ -314,7 +314,7 @@ def did_you_mean(name: str, names: list[str]) -> str:
         return known
     by_last = {one.rpartition(".")[2]: one for one in reversed(names)}
     near = by_last.get(last) or nearest(name, names) or by_last.get(nearest(last, by_last, 0.85) or "")
-    return f"did you mean {near!r}?" if near else here(name, names, cutoff=0.8) or HELP
+    return f"did you mean {near!r}?" if near else here(name, names, cutoff=0.8)
 
 
 def plain(value: Any) -> Any:

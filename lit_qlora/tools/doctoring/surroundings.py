@@ -166,8 +166,8 @@ def torchao() -> Iterator[Finding]:
 
 def gpu() -> Iterator[Finding]:
     """The GPU by torch, beside the output of the driver's own program."""
-    seen = _first_gpu()
-    torch = _torch()
+    name, driver = _first_gpu()
+    seen, torch = f"{name} driver {driver}" if name else "", _torch()
     if torch is None:
         yield Finding("note", f"GPU: {seen or 'none seen'}; torch can't be imported")
         return
@@ -177,10 +177,9 @@ def gpu() -> Iterator[Finding]:
             yield _no_gpu(torch, seen)
             return
     capability, (free, total) = torch.cuda.get_device_capability(), torch.cuda.mem_get_info()
-    driver = f", driver {seen.rpartition(' driver ')[2]}" if seen else ""
     text = (
-        f"GPU: {torch.cuda.get_device_name()}, compute capability {capability[0]}.{capability[1]}{driver}, "
-        f"{total / GIB:.2f} GiB, {free / GIB:.2f} free"
+        f"GPU: {torch.cuda.get_device_name()}, compute capability {capability[0]}.{capability[1]}, "
+        f"{f'driver {driver}, ' if name else ''}{total / GIB:.2f} GiB, {free / GIB:.2f} free"
     )
     if torch.cuda.device_count() > 1:
         text += f"; the first of {torch.cuda.device_count()}"
@@ -251,14 +250,14 @@ def _no_gpu(torch: Any, seen: str) -> Finding:
     return Finding("problem", f"GPU: {seen}, and torch can't use it ({trouble})", "update the driver, or restart")
 
 
-def _first_gpu() -> str:
-    """Name and driver of the first GPU; empty without one."""
+def _first_gpu() -> tuple[str, str]:
+    """Name and driver of the first GPU; both empty without one."""
     try:
         shown = _nvidia_smi("--query-gpu=name,driver_version", "--format=csv,noheader")
         name, driver = shown.splitlines()[0].rsplit(",", 1)
-        return f"{name.strip()} driver {driver.strip()}"
+        return name.strip(), driver.strip()
     except Exception:
-        return ""
+        return "", ""
 
 
 def _nvidia_smi(*args: str) -> str:

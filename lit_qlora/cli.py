@@ -109,6 +109,18 @@ def main(args: Sequence[str] | None = None) -> int:
         return 2
 
 
+_FORBIDDEN = "this user may not read it, or write there; change its permissions, or give another path"
+_GONE = "its disk or drive does not answer; mount it again"
+UNREACHABLE = {
+    errno.EACCES: _FORBIDDEN,
+    errno.EPERM: _FORBIDDEN,
+    errno.EIO: _GONE,
+    errno.ENOTCONN: _GONE,  # such as Colab's Google Drive, once it is cut off
+    errno.ESTALE: _GONE,
+}
+"""What is wrong with a path, whichever option gave it, by the system's number, and what to do."""
+
+
 def _of_a_path(error: Exception) -> str | None:
     """What is wrong with a path that the system can't follow, whichever option gave it; None for another error."""
     number, file = getattr(error, "errno", None), getattr(error, "filename", None)
@@ -116,6 +128,13 @@ def _of_a_path(error: Exception) -> str | None:
         return f"{str(file)[:60]}…: no path may be so long here"
     if number == errno.ELOOP or str(error).startswith("Symlink loop from "):  # the second is pathlib's, up to 3.12
         return f"{file or one_line(error)}: a link that leads to itself; give the file or folder itself"
+    if file is not None and number in UNREACHABLE:
+        return f"{file}: {UNREACHABLE[number]}"
+    if number == errno.ENOENT:
+        try:
+            Path.cwd()
+        except FileNotFoundError:
+            return "the folder that this was started in is not there any more: cd into it again, or into another one"
     return None
 
 

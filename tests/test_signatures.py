@@ -222,6 +222,41 @@ def test_a_link_to_itself_is_told_by_the_systems_number_too():
     assert "x.jsonl: a link that leads to itself" in cli._of_a_path(OSError(errno.ELOOP, "many", "x.jsonl"))
 
 
+@pytest.mark.parametrize("option", ["data.source", "run", "model.base", "config", "mirror"])
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(errno.EACCES, "may not read it"), (errno.ENOTCONN, "mount it again"), (errno.EIO, "mount it again")],
+)
+def test_a_path_that_may_not_be_followed_or_whose_drive_is_gone_is_one_line(
+    option, number, words, tmp_path, monkeypatch, capsys
+):
+    path, follow = tmp_path / "drive" / "x.yaml", os.stat
+    path.parent.mkdir()
+
+    def refuse(asked, *args, **options):
+        if str(asked).startswith(str(path)):
+            raise OSError(number, "no", str(asked))
+        return follow(asked, *args, **options)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "stat", refuse)
+    status = main(["fit", f"--{option}", str(path)])
+    monkeypatch.undo()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert status == 2
+    assert line.startswith(f"error: {path}")
+    assert words in line
+
+
+def test_a_folder_that_is_gone_from_under_the_command_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert "is not there any more: cd into it" in cli._of_a_path(FileNotFoundError(errno.ENOENT, "no such file"))
+    monkeypatch.chdir(tmp_path)
+    assert cli._of_a_path(FileNotFoundError(errno.ENOENT, "no such file")) is None
+
+
 @pytest.mark.parametrize("row", ["2", "9999", "rows.jsonl:5", "other.jsonl:1"])
 def test_a_row_to_show_that_is_not_there_is_found_first(row, tmp_path, monkeypatch, expect_error):
     monkeypatch.chdir(tmp_path)

@@ -120,7 +120,10 @@ def _read(path: Path, packing: str = "") -> bytes:
             raise SourceError(path, "is a folder, a pipe or a device, expected a file", "write the rows into one")
         data = path.read_bytes()
     except OSError as error:
-        raise SourceError(path, f"can't be read ({error.strerror})", "check the file's permissions") from error
+        remedy = (
+            "check the file's permissions, and that its disk or drive is mounted, and where it leads, if it's a link"
+        )
+        raise SourceError(path, f"can't be read ({error.strerror})", remedy) from error
     if data.startswith(LFS):
         raise SourceError(path, "is a git-LFS pointer, not the data", "run 'git lfs pull' where it was cloned")
     if packing:

@@ -61,11 +61,13 @@ def ask(tmp_path):
     return ask
 
 
-@pytest.mark.parametrize(("peer", "rows"), [("unsloth", 4), ("unsloth_packed", 2)])
-def test_unsloth_is_imported_first_and_a_step_is_one_batch(ask, peer, rows):
+@pytest.mark.parametrize(
+    ("peer", "rows", "batches"), [("unsloth", 4, 1), ("unsloth_packed", 2, 1), ("unsloth_kept", 2, 2)]
+)
+def test_unsloth_is_imported_first_and_learns_the_rows_of_a_step(ask, peer, rows, batches):
     found = json.loads(ask(peer)[0])
     assert found["early"] == []
-    assert found["gradient_accumulation_steps"] == 1 and found["per_device_train_batch_size"] == rows
+    assert found["gradient_accumulation_steps"] == batches and found["per_device_train_batch_size"] == rows
     # Padding-free is left to it, as by anyone who says nothing of it.
     assert "padding_free" not in found and found.get("packing", False) == (peer == "unsloth_packed")
 

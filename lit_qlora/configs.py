@@ -18,6 +18,16 @@ from lit_qlora.storage.files import NO_VALUE, decoded
 from lit_qlora.storage.run import RunFolder
 from lit_qlora.text.conversation import HALF, is_whole
 
+_QUOTE = "put quotes around the value"
+REMEDIES = {
+    "mapping values are not allowed": f"{_QUOTE}, if ': ' is in it, or indent the line as those before it",
+    "found character '\\t'": "indent with spaces, not with tabs",
+    "cannot start any token": _QUOTE,
+    "undefined alias": _QUOTE,
+    "escape": "put ' in place of \" around the value",
+}
+"""What to do, by words of PyYAML's about values as people write them."""
+
 
 def _no_config(path: Path) -> UserError:
     """The error for a config file that is not there, or holds rows."""
@@ -61,7 +71,9 @@ def check_config_file(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoade
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)  # of a character that YAML can't hold there is a position alone
         line = mark.line + 1 if mark else text[: getattr(error, "position", 0)].count("\n") + 1
-        raise UserError(f"no valid YAML: {problem_of(error)}", place=f"{path}:{line}") from error
+        problem = problem_of(error)
+        remedy = next((remedy for words, remedy in REMEDIES.items() if words in problem), None)
+        raise UserError(f"no valid YAML: {problem}", place=f"{path}:{line}", remedy=remedy) from error
     if root is None:
         raise UserError("the file is empty", place=path)
     if not isinstance(root, yaml.MappingNode):

@@ -86,7 +86,22 @@ def test_a_folder_is_no_file():
         ("model", "a.yaml:1: expected 'option: value' lines, got a single value"),
         (
             "model:\n\trank: 4\n",
-            "a.yaml:2: no valid YAML: found character '\\t' that cannot start any token",
+            "a.yaml:2: no valid YAML: found character '\\t' that cannot start any token;"
+            " indent with spaces, not with tabs",
+        ),
+        (
+            "data:\n  system: You are: kind\n",
+            "a.yaml:2: no valid YAML: mapping values are not allowed here;"
+            " put quotes around the value, if ': ' is in it, or indent the line as those before it",
+        ),
+        (
+            "data:\n  system: @me\n",
+            "a.yaml:2: no valid YAML: found character '@' that cannot start any token; put quotes around the value",
+        ),
+        (
+            'data:\n  source: "C:\\Users"\n',
+            "a.yaml:2: no valid YAML: expected escape sequence of 8 hexadecimal numbers, but found 's';"
+            " put ' in place of \" around the value",
         ),
         (
             "model:\n  rank: 4\n data: 1\n",

@@ -51,10 +51,12 @@ def can_dequantise(values: Tensor, state: Any) -> bool:
     """
     if state.dtype == torch.bfloat16 and torch.cuda.get_device_capability(values.device) < AMPERE:
         return False
-    scales = state.state2.absmax if state.nested else state.absmax
+    # Nested scales are rounded to the dtype of their own state before the offset is added.
+    dtypes = {state.state2.dtype, state.state2.absmax.dtype} if state.nested else {state.absmax.dtype}
     count = math.prod(state.shape)
     has_words = count % 8 == 0 and values.data_ptr() % 4 == 0 and count < 2**31
-    return bool(state.quant_type == "nf4" and scales.dtype == torch.float32 and values.shape[-1] == 1 and has_words)
+    is_plain = values.shape[-1] == 1 and values.is_contiguous() and state.absmax.is_contiguous()
+    return bool(state.quant_type == "nf4" and dtypes == {torch.float32} and is_plain and has_words)
 
 
 @cache

@@ -43,6 +43,20 @@ def test_values_that_begin_within_a_word_are_left_to_bitsandbytes():
     assert nf4.can_dequantise(values, state) and not nf4.can_dequantise(shifted, state)
 
 
+@pytest.mark.parametrize("other", ["dtype of nested scales", "values apart", "scales apart"])
+def test_states_made_elsewhere_are_left_to_bitsandbytes(other):
+    from lit_qlora.model import nf4
+
+    values, state = functional.quantize_4bit(torch.randn(64, 64, device="cuda"), quant_type="nf4")
+    if other == "dtype of nested scales":
+        state.state2.dtype = torch.bfloat16
+    elif other == "values apart":
+        values = torch.cat([values, values], 1)[:, :1]
+    else:
+        state.absmax = torch.stack([state.absmax, state.absmax], 1)[:, 0]
+    assert not nf4.can_dequantise(values, state)
+
+
 def test_a_card_without_bf16_leaves_it_to_bitsandbytes(monkeypatch):
     from lit_qlora.model import nf4
 

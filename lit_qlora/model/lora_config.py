@@ -225,5 +225,7 @@ def require_adapter(folder: Path) -> None:
         raise UserError(f"{folder} is a URL, and adapters are only read from this machine: give an adapter's folder")
     if not (folder / "adapter_config.json").is_file():
         below = folder / "adapter"  # of a run
-        near = f"; did you mean {below}?" if (below / "adapter_config.json").is_file() else ""
-        raise UserError(f"{folder} is no adapter: it has no adapter_config.json{near}")
+        near = f"did you mean {below}?" if (below / "adapter_config.json").is_file() else None
+        if (folder / "config.json").is_file():
+            near = "it is a whole model, which other programs load: see docs/serving.md"
+        raise UserError(f"{folder} is no adapter: it has no adapter_config.json", remedy=near)

@@ -267,6 +267,8 @@ def test_a_folder_that_is_no_adapter(load, tiny, tmp_path):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter/adapter_config.json").touch()
     assert refusal(load(), tiny, tmp_path) == f"{no_adapter}; did you mean {tmp_path / 'adapter'}?"
+    (tmp_path / "config.json").touch()
+    assert refusal(load(), tiny, tmp_path).startswith(f"{no_adapter}; it is a whole model")
 
 
 def test_an_adapter_of_another_base(load, tiny, other_tiny, adapter, expect_refusal):

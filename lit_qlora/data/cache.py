@@ -82,7 +82,7 @@ def encode_records(conversations: Sequence[Conversation], encoder: Encoder) -> E
         entries = (entry for entry in folder.parent.iterdir() if not entry.name.startswith("."))
         prune(entries, most_bytes=KEPT_BYTES, unused_s=RECENT_S)
     counts = parse_json((folder / "counts.json").read_bytes())
-    divided = counts["divided"]
+    divided = counts.get("divided", 0)  # which an entry of an earlier version may lack
     examples = datasets.Dataset.from_file(str(folder / "rows.arrow"))
     return EncodedRows(
         examples.select_columns(["input_ids", "labels"]),

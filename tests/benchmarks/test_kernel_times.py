@@ -13,6 +13,7 @@ import kernel_times
     ("kernel", "kind"),
     [
         ("void kDequantizeBlockwise<__half, 512, 64, 8, 2>(float*, unsigned char*)", "dequantisation"),
+        ("_dequantise", "dequantisation"),
         ("fmha_cutlassF_f16_aligned_64x128_rf_sm80(PyTorchMemEffAttention)", "attention"),
         ("void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel", "attention"),
         ("sm90_xmma_gemm_f16f16_f16f32_f32_tn_n_tilesize128x128x64", "products"),

@@ -313,7 +313,7 @@ BAD: list[tuple[list[str], str | None, str | None, list[str]]] = [
         ["fti"],
         None,
         None,
-        ["no verb 'fti'", "did you mean 'fit'", "fit, validate, test, inspect, plan, chat", "push, report"],
+        ["no verb 'fti'", "did you mean 'fit'", "fit, validate, test, plan, inspect, chat", "push, report"],
     ),
     (["fit", "--model.rnak", "3"], None, None, ["'model.rnak'", "did you mean 'model.rank'"]),
     (["xyz"], None, None, ["no verb 'xyz'; there are"]),

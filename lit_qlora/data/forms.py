@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lit_qlora.errors import UserError, excerpt, suggestion
-from lit_qlora.text import guanaco, llama2_rows, messages
+from lit_qlora.text import edges, guanaco, llama2_rows, messages
 from lit_qlora.text.conversation import Conversation, Turn
 from lit_qlora.wording import kind
 
@@ -90,9 +90,19 @@ def _asked(question: Any, *beside: Any) -> list[Any]:
 
 
 def _rounds_in(prompt: Any) -> Any:
-    """The messages of a prompt that is a list of them, or has others before it in Llama 2's form; else what it is."""
+    """The messages of a prompt that is a list of them, or is written in Guanaco's or Llama 2's form; else what it is.
+
+    Raises WrittenOutError for one in a format that is not read.
+    """
     prompt = _messages_written_in(prompt)
-    return (isinstance(prompt, str) and llama2_rows.rounds_in(prompt)) or prompt
+    if not isinstance(prompt, str):
+        return prompt
+    if guanaco.MARKER.match(prompt.lstrip()):
+        return guanaco.parse(prompt)
+    for mark, (name, end) in MARKERS_ELSEWHERE.items():
+        if end and mark in prompt and prompt.rstrip().endswith(end):
+            raise edges.WrittenOutError(f"the prompt is written in {name}, up to {end!r}, expected the question alone")
+    return llama2_rows.rounds_in(prompt) or prompt
 
 
 def _messages_written_in(written: Any) -> Any:
@@ -218,14 +228,16 @@ else:
 SYSTEM = "system"
 """What the column with the system text is called in ``data.columns``."""
 MARKERS_ELSEWHERE = {
-    "<|im_start|>": "ChatML",
-    "<|start_header_id|>": "Llama 3's format",
-    "<start_of_turn>": "Gemma's format",
-    "### Instruction:": "Alpaca's format",
-    "<|user|>": "Zephyr's format",
-    "USER:": "Vicuna's format",
-    "Human:": "plain Human: and Assistant:",
+    "<|im_start|>": ("ChatML", ""),
+    "<|start_header_id|>": ("Llama 3's format", ""),
+    "<start_of_turn>": ("Gemma's format", ""),
+    "### Instruction:": ("Alpaca's format", "### Response:"),
+    "<|user|>": ("Zephyr's format", ""),
+    "USER:": ("Vicuna's format", "ASSISTANT:"),
+    "Human:": ("plain Human: and Assistant:", "Assistant:"),
 }
+"""Marks of formats that are not read: the format's name, and on what a prompt in it ends. Empty where that is a special
+token, which is taken off there."""
 
 
 def list_in(value: Any) -> Any:

@@ -187,7 +187,7 @@ def _first_opened(row: Mapping[str, Any], forms: Sequence[RowForm]) -> RowForm |
 
 def _refuse_elsewhere(text: str, column: str, is_whole: bool) -> None:
     """Raises RowError for a text in a known format that is not read; ``is_whole`` where a plain one would be."""
-    for mark, name in MARKERS_ELSEWHERE.items():
+    for mark, (name, _) in MARKERS_ELSEWHERE.items():
         if mark in text:
             is_plain = is_whole and not mark.startswith("<")  # as text, special tokens are none
             remedy = WRITE_TURNS + (", or learn it whole as it is with data.form text" if is_plain else "")

@@ -503,13 +503,33 @@ def test_marks_are_taken_off_what_is_joined(row, columns, expected):
         ("<s>[INST] <<SYS>>\nbe kind\n<</SYS>>\n\na [/INST]", said("a", "b", system="be kind")),
         ("[INST] a [/INST] c </s><s>[INST] d [/INST]", said("a", "c", "d", "b")),
         ("What does [INST] mean in <<SYS>>?", said("What does [INST] mean in <<SYS>>?", "b")),
+        ("### Human: a### Assistant:", said("a", "b")),
+        ("\n### Human: a### Assistant: c### Human: d", said("a", "c", "d", "b")),
+        ("What does ### Human: mean?", said("What does ### Human: mean?", "b")),
+        ("Human: a. And you?", said("Human: a. And you?", "b")),
     ],
 )
-def test_a_prompt_in_the_llama_2_format_has_its_system_text_and_its_rounds(prompt, expected):
+def test_a_prompt_in_the_form_of_a_text_has_its_system_text_and_its_rounds(prompt, expected):
     assert read_row({"prompt": prompt, "completion": "b"}).conversation == expected
     assert read_row({"prompt": prompt}, use="prompts").conversation.turns == expected.turns[:-1]
     given = read_row({"instruction": prompt, "input": "x", "output": "b"}).conversation.turns
     assert given[-2].content == f"{expected.turns[-2].content}\n\nx"
+
+
+@pytest.mark.parametrize("use", ["training", "prompts"])
+@pytest.mark.parametrize(
+    ("prompt", "name"),
+    [
+        ("Below is a task.\n\n### Instruction:\na\n\n### Response:\n", "Alpaca's format"),
+        ("A chat. USER: a ASSISTANT:", "Vicuna's format"),
+        ("\n\nHuman: a\n\nAssistant:", "plain Human: and Assistant:"),
+    ],
+)
+def test_a_prompt_that_ends_where_another_format_begins_an_answer_is_refused(prompt, name, use):
+    for row in ({"prompt": prompt, "completion": "b"}, {"question": prompt, "answer": "b"}):
+        with pytest.raises(RowError, match=f"^the prompt is written in {name}") as caught:
+            read_row(row, use=use)
+        assert caught.value.remedy == WRITE_TURNS
 
 
 @pytest.mark.parametrize(

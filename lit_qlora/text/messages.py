@@ -258,9 +258,10 @@ def _text(
         return None, ()
     if isinstance(content, tuple) and all(isinstance(text, str) for text in content):
         return _joined(JOINT, content, marks)
-    parts = _parts(content)
-    if parts != [content] and any(_type_of(part) == RESULT for part in content):
+    whole = content if isinstance(content, list) else [content]
+    if any(_type_of(part) == RESULT for part in whole):
         changed[ANSWERED_BY_TOOL] = None
+    parts = [own for part in whole for own in _own_parts(part)]
     if isinstance(content, list | dict) and all(isinstance(part, str) or _type_of(part) for part in parts):
         others = [one for part in parts if not isinstance(part, str) and (one := _type_of(part)) not in TEXTS]
         changed |= dict.fromkeys(f"rows with parts of type {one!r}, which are not learned" for one in others)
@@ -276,11 +277,10 @@ def _text(
     return _joined("", [content], marks)
 
 
-def _parts(content: Any) -> list[Any]:
-    """The parts of a content, and in place of a tool's result its own."""
-    parts = content if isinstance(content, list) else [content]
-    opened = ([part] if _type_of(part) != RESULT else _parts(part.get("content") or []) for part in parts)
-    return [part for some in opened for part in some]
+def _own_parts(part: Any) -> list[Any]:
+    """A part of a content, or the parts of a tool's result, which holds no other result."""
+    own = [part] if _type_of(part) != RESULT else part.get("content") or []
+    return own if isinstance(own, list) else [own]
 
 
 def _joined(joint: str, texts: Sequence[str], marks: Sequence[str]) -> tuple[str, tuple[str, ...]]:

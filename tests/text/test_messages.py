@@ -227,6 +227,18 @@ def test_a_tool_s_result_among_the_user_s_parts_stands_in_the_prompt(content):
     assert messages.parse([USER, ASSISTANT, nothing, ASSISTANT]).conversation == Conversation(ANSWERED)
 
 
+def test_a_tool_s_result_need_not_be_in_a_list_and_one_within_another_is_not_read():
+    inner = {"type": "text", "text": "42"}
+    read = messages.parse([{"role": "user", "content": {"type": "tool_result", "content": inner}}, ASSISTANT])
+    assert read.conversation == Conversation(turns("42", "yo"))
+    assert messages.ANSWERED_BY_TOOL in read.changed
+    for _ in range(2000):
+        inner = {"type": "tool_result", "content": [inner]}
+    read = messages.parse([{"role": "user", "content": ["hi", inner]}, ASSISTANT])
+    assert read.conversation == Conversation(turns("hi", "yo"))
+    assert "rows with parts of type 'tool_result', which are not learned" in read.changed
+
+
 def test_parts_of_a_content_are_joined_and_images_are_not_learned():
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,xx"}}
     words = [{"type": "text", "text": "Look."}, image, {"type": "input_text", "text": "What is it?"}]

@@ -201,14 +201,14 @@ def check_early(source: Source, split: str, reading: Reading = ANY_FORM, seed: i
             if reading.strict or _is_misread(len(faults), len(rows), reading):
                 raise faults[0] from None
     if num_unused == len(rows):
-        raise _nothing(source.called(split), counts.in_words())
+        raise _nothing(source.called(split), counts)
 
 
-def _nothing(name: str, dropped: Mapping[str, int]) -> SourceError:
+def _nothing(name: str, counts: "Counts") -> SourceError:
     """The error for the source ``name`` of which no row is left, with what became of them."""
-    reasons = ", ".join(f"{reason}: {number}" for reason, number in dropped.items()) or "no rows"
+    reasons = ", ".join(f"{reason}: {number}" for reason, number in counts.in_words().items()) or "no rows"
     remedy = "expected conversations that end on an answer"
-    if any(reason.startswith(UNUSED) for reason in dropped):
+    if counts.has_unused:
         remedy += ", or name the columns of both with data.columns.user and data.columns.assistant"
     return SourceError(name, f"no row to train on or score ({reasons})", remedy)
 
@@ -340,6 +340,11 @@ class Counts:
             self._named[what].update(names)
             self._rows[what] += bool(names)
 
+    @property
+    def has_unused(self) -> bool:
+        """True if something of a row was not used."""
+        return bool(self._rows[UNUSED])
+
     def in_words(self) -> dict[str, int]:
         """All of it, as `Records.dropped` has it; names with the number of their rows."""
         named = {what + _listed(names): self._rows[what] for what, names in self._named.items() if names}
@@ -390,7 +395,7 @@ def _to_records(name: str, rows: list[Row], reading: Reading) -> Records:
     if faults:
         counts.dropped[f"{BROKEN}{faults[0][0]}"] = len(faults)
     if not kept:
-        raise _nothing(name, counts.in_words())
+        raise _nothing(name, counts)
     return Records(name, kept, count_unanswered(kept) | counts.in_words(), lost)
 
 

@@ -5,6 +5,7 @@ used are removed down to `KEPT_BYTES`, but not the new one, those used within th
 open. Knows no source and no batch.
 """
 
+import errno
 import hashlib
 import json
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from lit_qlora.console import complain, counted
 from lit_qlora.data.encode import SPACE, Encoder
 from lit_qlora.errors import UserError
 from lit_qlora.storage.files import SaveError, parse_json
-from lit_qlora.storage.folders import DamagedFolderError, clear_leftovers, is_whole, verify_folder, write_folder
+from lit_qlora.storage.folders import DamagedFolderError, clear_leftovers, verify_folder, write_folder
 from lit_qlora.storage.shared import Held, prune
 from lit_qlora.text.conversation import Conversation, Turn
 
@@ -69,18 +70,19 @@ def encode_records(conversations: Sequence[Conversation], encoder: Encoder) -> E
     import datasets
 
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "lit_qlora" / _key(conversations, encoder)
-    held = Held(folder)
     try:
-        verify_folder(folder)  # flipped or missing bits would silently change the training
-    except DamagedFolderError as problem:
-        held.close()
-        if folder.exists():
-            complain(f"warning: {problem}; the rows are encoded again")
-        _write(folder, conversations, encoder)
-        held = Held(folder)
-        clear_leftovers(folder.parent, ABANDONED_S)
-        entries = (entry for entry in folder.parent.iterdir() if not entry.name.startswith("."))
-        prune(entries, most_bytes=KEPT_BYTES, unused_s=RECENT_S)
+        held = _hold(folder)
+        if held is None:
+            while held is None:  # again if another process made room for its own meanwhile
+                _write(folder, conversations, encoder)
+                held = _hold(folder)
+            clear_leftovers(folder.parent, ABANDONED_S)
+            entries = (entry for entry in folder.parent.iterdir() if not entry.name.startswith("."))
+            prune(entries, most_bytes=KEPT_BYTES, unused_s=RECENT_S)
+    except OSError as error:
+        reason = error.reason if isinstance(error, SaveError) else error.strerror
+        remedy = "free some room there, or set HF_DATASETS_CACHE to a folder that can be written"
+        raise UserError(f"the encoded rows can't be kept in {folder.parent} ({reason})", remedy=remedy) from error
     counts = parse_json((folder / "counts.json").read_bytes())
     divided = counts.get("divided", 0)  # which an entry of an earlier version may lack
     examples = datasets.Dataset.from_file(str(folder / "rows.arrow"))
@@ -95,6 +97,19 @@ def encode_records(conversations: Sequence[Conversation], encoder: Encoder) -> E
         hashlib.sha256(f"{folder.name} divided".encode()).hexdigest()[:32] if divided else folder.name,
         held,
     )
+
+
+def _hold(folder: Path) -> Held | None:
+    """Hold an entry with the bytes that were written; one with others goes: it would silently change the training."""
+    held = Held(folder)
+    if held.found:
+        try:
+            verify_folder(folder)
+            return held
+        except DamagedFolderError as problem:
+            complain(f"warning: {problem}; the rows are encoded again")
+    held.discard()
+    return None
 
 
 def _key(conversations: Sequence[Conversation], encoder: Encoder) -> str:
@@ -114,17 +129,12 @@ def _write(folder: Path, conversations: Sequence[Conversation], encoder: Encoder
     def fill(staging: Path) -> None:
         counts = _write_rows(staging / "rows.arrow", conversations, encoder)
         (staging / "counts.json").write_text(json.dumps(counts), encoding="utf-8")
-        # Another process, such as a second GPU's, may have made the same, and be reading it by now.
-        if is_whole(folder):
-            raise FileExistsError
 
     try:
-        write_folder(folder, fill, replace=True)
+        write_folder(folder, fill)
     except OSError as error:
-        if not is_whole(folder):
-            reason = error.reason if isinstance(error, SaveError) else error.strerror
-            remedy = "free some room there, or set HF_DATASETS_CACHE to a folder that can be written"
-            raise UserError(f"the encoded rows can't be kept in {folder.parent} ({reason})", remedy=remedy) from error
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # another process, such as a second GPU's, was quicker
+            raise
 
 
 def _write_rows(path: Path, conversations: Sequence[Conversation], encoder: Encoder) -> dict[str, int]:

@@ -7,45 +7,91 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from weakref import finalize
 
 from lit_qlora.storage.folders import MANIFEST, remove_folder
 from lit_qlora.storage.lock import flock
 
+TRIES = 100
+"""Times that a folder made anew meanwhile is looked at; where a file system numbers its files anew, it is held."""
+
 
 class Held:
     """A use of a folder, which keeps others from removing it until this is closed or garbage-collected.
 
-    Waits for a removal in progress. Holds nothing for a missing folder.
+    Waits for a removal in progress, and holds the folder that was made anew meanwhile.
 
     Args:
         folder: made by `write_folder`.
+
+    Attributes:
+        found: False if there is no such folder; nothing is held then.
     """
 
     def __init__(self, folder: Path) -> None:
         self.close: Callable[[], object] = lambda: None
-        with suppress(OSError):  # not there, or a file system without locks
-            descriptor = os.open(folder / MANIFEST, os.O_RDONLY)
-            self.close = finalize(self, os.close, descriptor)
+        self.found, self._folder = True, folder
+        self._descriptor: int | None = None
+        manifest = folder / MANIFEST
+        for _ in range(TRIES):
+            self.close()
+            try:
+                self._descriptor = os.open(manifest, os.O_RDONLY)
+            except OSError as error:  # a manifest that can't be read is there all the same
+                self.found, self._descriptor = not isinstance(error, FileNotFoundError), None
+                return
+            self.close = finalize(self, os.close, self._descriptor)
             with suppress(OSError):  # of another user
-                os.utime(folder / MANIFEST)
-            flock(descriptor, shared=True, wait=True)
+                os.utime(manifest)
+            with suppress(OSError):  # a file system without locks
+                flock(self._descriptor, shared=True, wait=True)
+            if _is_still(manifest, os.fstat(self._descriptor)):
+                return
+
+    def discard(self) -> None:
+        """Close, and remove the folder, which is damaged, even if others use it; one made anew meanwhile stays.
+
+        Raises:
+            OSError: it can't be removed.
+        """
+        held = None if self._descriptor is None else os.fstat(self._descriptor)
+        self.close()
+
+        def is_that(manifest: Path) -> bool:
+            return _is_still(manifest, held) if held else self.found or not manifest.is_file()
+
+        with suppress(FileNotFoundError):
+            _remove_if(self._folder, is_that)
 
 
 def remove_unused(folder: Path) -> bool:
     """Remove a folder unless it is, or may be, in use; without a manifest nobody can use it. True if it is gone."""
-    manifest = folder / MANIFEST
-    with suppress(OSError):
+
+    def is_unused(manifest: Path) -> bool:
         if os.name == "nt" or not manifest.is_file():  # Windows renames no folder of which a process has a file open
-            remove_folder(folder)
-        else:
-            with manifest.open("rb") as file:
-                is_alone = flock(file.fileno())
-                if is_alone and os.path.samestat(os.fstat(file.fileno()), manifest.stat()):  # or it was made anew
-                    remove_folder(folder)
+            return True
+        opened = files.enter_context(manifest.open("rb")).fileno()
+        return flock(opened) and _is_still(manifest, os.fstat(opened))
+
+    with suppress(OSError), ExitStack() as files:
+        _remove_if(folder, is_unused)
     return not folder.exists()
+
+
+def _remove_if(folder: Path, may_go: Callable[[Path], bool]) -> None:
+    """Remove a folder if its manifest says that it may go, and the folder is the same as before that was asked."""
+    state = folder.stat()
+    if may_go(folder / MANIFEST) and _is_still(folder, state):
+        remove_folder(folder)
+
+
+def _is_still(path: Path, state: os.stat_result) -> bool:
+    """Whether a path names what had that state; False if it was removed since, made anew or not."""
+    with suppress(OSError):
+        return os.path.samestat(state, path.stat())
+    return False
 
 
 def prune(

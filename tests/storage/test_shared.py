@@ -35,8 +35,89 @@ def test_a_use_is_noted_and_keeps_a_folder_until_it_is_closed(folders: list[Path
 
 
 def test_a_missing_folder_is_held_by_nobody_and_is_gone(tmp_path: Path) -> None:
-    Held(tmp_path / "x").close()
+    held = Held(tmp_path / "x")
+    assert not held.found
+    held.close()
     assert remove_unused(tmp_path / "x")
+
+
+@pytest.mark.parametrize("anew", [True, False])
+def test_what_was_removed_while_waiting_is_held_only_if_made_anew(
+    folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, anew: bool
+) -> None:
+    flock, waited = shared.flock, []
+
+    def late(descriptor: int, **how: bool) -> bool:
+        if not waited:
+            folders[0].rename(tmp_path / "gone")
+            if anew:
+                write_folder(folders[0], lambda within: (within / "file").write_bytes(bytes(7)) and None)
+        waited.append(descriptor)
+        return flock(descriptor, **how)
+
+    monkeypatch.setattr(shared, "flock", late)
+    held = Held(folders[0])
+    assert (held.found, len(waited)) == (anew, 1 + anew)
+    monkeypatch.undo()
+    assert remove_unused(folders[0]) is not anew
+    held.close()
+    assert remove_unused(folders[0])
+
+
+def test_a_damaged_folder_goes_although_others_use_it_but_not_one_made_anew(folders: list[Path]) -> None:
+    first, second = Held(folders[0]), Held(folders[0])
+    first.discard()
+    assert not folders[0].exists()
+    write_folder(folders[0], lambda within: (within / "file").write_bytes(bytes(7)) and None)
+    second.discard()
+    assert folders[0].is_dir()
+    Held(folders[0]).discard()
+    assert not folders[0].exists()
+    Held(folders[0]).discard()
+
+
+def test_a_folder_without_a_manifest_and_a_file_in_its_place_are_discarded(folders: list[Path]) -> None:
+    (folders[0] / "manifest.json").unlink()
+    folders[1].rename(folders[1].with_name("moved"))
+    folders[1].touch()
+    for folder, found in zip(folders[:2], [False, True], strict=True):
+        held = Held(folder)
+        assert held.found is found
+        held.discard()
+        assert not folder.exists()
+
+
+def test_one_made_after_it_was_found_missing_is_not_discarded(folders: list[Path]) -> None:
+    held = Held(folders[0].with_name("x"))
+    folders[0].rename(folders[0].with_name("x"))
+    held.discard()
+    assert folders[0].with_name("x").is_dir()
+
+
+def test_what_can_not_be_opened_is_there_and_a_removal_that_fails_is_an_error(
+    folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(shared.os, "open", denied)
+    held = Held(folders[0])
+    assert held.found
+    monkeypatch.setattr(shared, "remove_folder", denied)
+    with pytest.raises(PermissionError):
+        held.discard()
+    monkeypatch.undo()
+    held.discard()
+    assert not folders[0].exists()
+
+
+def test_a_folder_that_is_another_at_each_look_is_held(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared, "_is_still", lambda *_: False)
+    held = Held(folders[0])
+    monkeypatch.undo()
+    assert held.found
+    assert not remove_unused(folders[0])
+    held.close()
 
 
 def test_a_folder_without_its_manifest_can_not_be_in_use(folders: list[Path]) -> None:

@@ -279,30 +279,27 @@ def test_a_program_has_a_terminal_and_its_failure_ends_run_all(settings, capsys)
         run("python -c", "import os; os.kill(os.getpid(), 9)")
 
 
-def test_an_interrupted_cell_waits_for_the_save(settings, tmp_path, capsys):
+def test_an_interrupted_cell_waits_for_the_save(settings, capsys):
     code = """
-import pathlib, signal, sys, time
+import signal, sys, time
 def stop(*_):
     time.sleep(1.5)
     print("saved")
     sys.exit(130)
 signal.signal(signal.SIGINT, stop)
-pathlib.Path("ready").touch()
+print("begun", flush=True)
 time.sleep(60)
 """
     names = settings()
-    run, main = names["run"], threading.main_thread().ident
 
-    def press() -> None:
-        while not (tmp_path / "ready").exists():
-            time.sleep(0.05)
-        signal.pthread_kill(main, signal.SIGINT)
+    def pressed_once_begun(*words, **how):
+        print(*words, **how)
+        if words[-1].strip() == "begun":
+            signal.raise_signal(signal.SIGINT)
 
-    presser = threading.Thread(target=press)
-    presser.start()
+    names["print"] = pressed_once_begun
     with pytest.raises(names["StoppedError"], match="status 130"):
-        run("python -c", code)
-    presser.join()
+        names["run"]("python -c", code)
     assert capsys.readouterr().out.splitlines()[-1].endswith("saved")
 
 

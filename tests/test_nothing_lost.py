@@ -620,7 +620,7 @@ def test_max_time_ends_with_status_0_and_the_same_command_goes_on(
 def test_a_time_limit_that_is_none_is_refused_at_once(here: Path, expect_error: ExpectError) -> None:
     started = time.monotonic()
     expect_error([*FIT, "--max_time", "3h"], "DD:HH:MM:SS", "'3h'", option="max_time")
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60
     expect_error([*FIT, "--save_every_minutes", "0"], "above 0", "0.0", option="save_every_minutes")
     assert not Path("run").exists()
 

@@ -172,7 +172,7 @@ def started(code: str, count: int = 2, hears: bool = True) -> subprocess.Popen[s
     return subprocess.Popen([sys.executable, "-c", command], text=True, start_new_session=True, **pipes)
 
 
-def ended(process: subprocess.Popen[str], within_s: float = 8.0) -> tuple[int, str, str]:
+def ended(process: subprocess.Popen[str], within_s: float = 50.0) -> tuple[int, str, str]:
     out, err = process.communicate(timeout=within_s)
     return process.returncode, out, err
 
@@ -180,7 +180,7 @@ def ended(process: subprocess.Popen[str], within_s: float = 8.0) -> tuple[int, s
 def children(process: subprocess.Popen[str], count: int = 2) -> list[int]:
     """The numbers of its processes, in their order, once all are there."""
     file = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    ends_at = time.monotonic() + 8
+    ends_at = time.monotonic() + 50
     while time.monotonic() < ends_at:
         found = [*map(int, file.read_text().split())]
         if len(found) == count:
@@ -189,7 +189,7 @@ def children(process: subprocess.Popen[str], count: int = 2) -> list[int]:
     raise AssertionError("they did not begin")
 
 
-def gone(number: int, within_s: float = 3.0) -> bool:
+def gone(number: int, within_s: float = 20.0) -> bool:
     ends_at = time.monotonic() + within_s
     while time.monotonic() < ends_at:
         try:
@@ -223,7 +223,7 @@ def test_the_one_that_fails_has_the_last_word_and_the_others_end() -> None:
     line = "error: process 1 of 2: rows.jsonl:3: no JSON"
     code = f"print({line!r}, file=sys.stderr) if rank else time.sleep(60)\nsys.exit(2)"
     assert ended(started(code)) == (2, "", f"{line}\n")
-    assert time.monotonic() - began < 6
+    assert time.monotonic() - began < 40  # the other would be there for 60
 
 
 def test_what_all_say_is_said_once() -> None:

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -33,6 +34,11 @@ settings.load_profile("patient")
 pytest_plugins = ["tests.tiny_llama", "tests.expect"]
 
 REAL = Path(__file__).parents[2] / "shared" / "real"
+
+
+def pytest_unconfigure() -> None:
+    """Caches of the tests' own go with them."""
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -33,7 +33,7 @@ from lit_qlora.storage.checkpoint_io import check_checkpoint
 from lit_qlora.storage.files import SaveError
 from lit_qlora.storage.folders import DamagedFolderError, copy_folder, read_seal, remove_folder, write_folder
 from lit_qlora.storage.foreign import read_object
-from lit_qlora.storage.run import CARD, RunFolder
+from lit_qlora.storage.run import RunFolder
 from lit_qlora.storage.state import num_bytes
 
 RESULT = "result.json"
@@ -274,7 +274,7 @@ class RunCheckpoints(StepCallback, Needs):
         if seal in (None, read_seal(self.run.adapter_copy)):
             return
         try:
-            copy_folder(self.run.adapter, self.run.adapter_copy, replace=True, may_differ=[CARD])
+            copy_folder(self.run.adapter, self.run.adapter_copy, replace=True)
         except (OSError, DamagedFolderError) as error:
             tell(f"warning: {error}; the best adapter has no second copy, and the next save retries")
 

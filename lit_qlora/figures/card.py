@@ -17,8 +17,9 @@ from lit_qlora.figures.charts import CURVES, draw_curves, peak_of
 from lit_qlora.figures.render import filled
 from lit_qlora.figures.samples import ends_in_words
 from lit_qlora.storage.config_file import as_yaml
+from lit_qlora.storage.folders import CARD
 from lit_qlora.storage.foreign import read_object
-from lit_qlora.storage.run import CARD, RECORD, RunFolder
+from lit_qlora.storage.run import RECORD, RunFolder
 from lit_qlora.text.formats import chosen
 
 PACKAGES = ("torch", "lightning", "transformers", "peft", "bitsandbytes")

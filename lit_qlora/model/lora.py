@@ -20,9 +20,9 @@ from lit_qlora.model.base import Base
 from lit_qlora.model.fingerprint import fingerprint, shown
 from lit_qlora.model.shape import Shape, target_names
 from lit_qlora.storage.files import disk_error
-from lit_qlora.storage.folders import MANIFEST, DamagedFolderError, verify_folder
+from lit_qlora.storage.folders import CARD, MANIFEST, DamagedFolderError, verify_folder
 from lit_qlora.storage.foreign import read_object
-from lit_qlora.storage.run import CARD, RECORD
+from lit_qlora.storage.run import RECORD
 from lit_qlora.text.formats import PromptFormat, chosen, from_record
 
 if TYPE_CHECKING:
@@ -283,7 +283,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise UserError(f"adapter_config.json has the peft_type {kind or 'null'}, expected LORA", place=folder)
     if (folder / MANIFEST).is_file():
         try:
-            verify_folder(folder, may_differ=[CARD])
+            verify_folder(folder)
         except DamagedFolderError as error:
             raise error.replace(
                 problem=f"{error.problem}: the adapter was altered or cut short after it was saved",

@@ -11,7 +11,7 @@ from lit_qlora.console import complain
 from lit_qlora.errors import UserError
 from lit_qlora.storage.folders import DamagedFolderError, copy_folder, remove_folder, verify_folder
 from lit_qlora.storage.foreign import object_in
-from lit_qlora.storage.run import CARD, RunFolder
+from lit_qlora.storage.run import RunFolder
 
 
 def mend_adapter(run: RunFolder, mirrored: Path | None = None, *, is_needed: bool = False) -> None:
@@ -40,7 +40,7 @@ def mend_adapter(run: RunFolder, mirrored: Path | None = None, *, is_needed: boo
     elif whole is None:
         return
     if whole:
-        copy_folder(whole, run.adapter, may_differ=[CARD])
+        copy_folder(whole, run.adapter)
     complain(f"warning: {problem}, and {f'restored from {whole}' if whole else 'the search for the best starts over'}")
 
 
@@ -63,7 +63,7 @@ def put_adapter_back(run: RunFolder, step: int, mirrored: Path | None = None, *,
         return
     aside = _put_aside(run.adapter, run.adapter_before.name)
     if whole:
-        copy_folder(whole, run.adapter, may_differ=[CARD])
+        copy_folder(whole, run.adapter)
     then = f", {whole} takes its place" if whole else ""
     print(f"   run  {run.adapter} is of step {found}, after step {step}: put aside as {aside}{then}", flush=True)
 
@@ -87,7 +87,7 @@ def _put_aside(adapter: Path, name: str) -> Path:
 
 def _verify_adapter(folder: Path) -> int:
     """Verify an adapter's files and figures; return its step. Raises DamagedFolderError."""
-    verify_folder(folder, may_differ=[CARD])
+    verify_folder(folder)
     file = folder / "result.json"
     step = object_in(file).get("step") if file.is_file() else 0
     if type(step) is not int:

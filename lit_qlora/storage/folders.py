@@ -3,7 +3,7 @@
 Called by whatever keeps something on disk; at the start of a run, `recover` and `clear_leftovers` repair what a kill
 left behind. Beside a target `name` may stand `.name.tmp-…` (being written), `.name.old-…` (being replaced)
 and `.name.gone-…` (being deleted), never a symbolic link: Google Drive has none. Knows nothing of what the files hold,
-and leaves it to the run's lock that one process writes at a time.
+but that people may edit a model card, and leaves it to the run's lock that one process writes at a time.
 """
 
 import errno
@@ -14,7 +14,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
 
@@ -22,6 +22,8 @@ from lit_qlora.errors import UserError, excerpt
 from lit_qlora.storage.files import SaveError, parse_json, sync_file, sync_folder, unreadable
 
 MANIFEST = "manifest.json"
+CARD = "README.md"
+"""The model card of an adapter or a merged model; editing it is no damage, since it does not alter the model."""
 VERSION = 1
 _LEFTOVER = re.compile(r"\.(?P<target>.+)\.(?P<kind>old|tmp|gone)-\d+-[0-9a-f]{8}")
 # pathlib makes "https:/…" of "https://…"; a single letter before the colon is a Windows drive.
@@ -69,7 +71,7 @@ def write_folder(
         _seal(temporary)
 
 
-def copy_folder(source: Path, target: Path, *, replace: bool = False, may_differ: Collection[str] = ()) -> None:
+def copy_folder(source: Path, target: Path, *, replace: bool = False) -> None:
     """Copy the files named in a folder's manifest, verify the copy, and rename it to the target.
 
     No parent is created: where a drive was unmounted, nothing may be written to the disk below it.
@@ -78,7 +80,6 @@ def copy_folder(source: Path, target: Path, *, replace: bool = False, may_differ
         source: a folder that `write_folder` made.
         target: the folder to write; its parent exists.
         replace: True to replace an existing folder.
-        may_differ: files that may have been edited since.
 
     Raises:
         DamagedFolderError: the source or the copy differs from the manifest.
@@ -92,7 +93,7 @@ def copy_folder(source: Path, target: Path, *, replace: bool = False, may_differ
                 (temporary / folder).mkdir(exist_ok=True)
             shutil.copyfile(source / name, temporary / name)
             sync_file(temporary / name)
-        verify_folder(temporary, may_differ=may_differ)
+        verify_folder(temporary)
 
 
 @contextmanager
@@ -114,14 +115,13 @@ def _written_aside(target: Path, replace: bool, needed_bytes: int | None) -> Ite
         raise
 
 
-def verify_folder(path: Path, *, may_differ: Collection[str] = ()) -> dict[str, int]:
+def verify_folder(path: Path) -> dict[str, int]:
     """Compare every file of a folder's manifest with it; returns their sizes in bytes, by name.
 
     Other files in the folder (desktop.ini, .DS_Store) are allowed: they are never read.
 
     Args:
-        path: a folder that `write_folder` made.
-        may_differ: files that may have been edited since.
+        path: a folder that `write_folder` made; its `CARD` may have been edited since.
 
     Raises:
         DamagedFolderError: the folder, its manifest or a file is missing, unreadable, of another size or content, or
@@ -134,7 +134,7 @@ def verify_folder(path: Path, *, may_differ: Collection[str] = ()) -> dict[str, 
         found = _measure(path, name)
         sizes[name] = int(found["bytes"])
         for unit, expected in entry.items():
-            if found[unit] != expected and name not in may_differ:
+            if found[unit] != expected and name != CARD:
                 raise DamagedFolderError(path, name, f"{unit}={expected}", f"{unit}={found[unit]}")
     return sizes
 

@@ -26,7 +26,7 @@ from lit_qlora.storage.folders import (
     remove_folder,
     verify_folder,
 )
-from lit_qlora.storage.run import CARD, EVENTS, RunFolder
+from lit_qlora.storage.run import EVENTS, RunFolder
 from lit_qlora.storage.settings import refused
 
 KEPT = 2
@@ -170,7 +170,7 @@ class Mirror:
                 write_file(own, file.read_bytes())
         if self.copy.adapter.is_dir():
             try:
-                copy_folder(self.copy.adapter, self.run.adapter, replace=True, may_differ=[CARD])
+                copy_folder(self.copy.adapter, self.run.adapter, replace=True)
             except DamagedFolderError as error:
                 complain(f"warning: mirror: {error}; continuing without the best adapter so far")
         copy_folder(checkpoint, self.run.checkpoints / checkpoint.name, replace=True)
@@ -227,7 +227,7 @@ class Mirror:
             old.unlink()  # each start writes its own
         if read_seal(self.run.adapter) not in (None, read_seal(self.copy.adapter)):
             self._before_change()
-            copy_folder(self.run.adapter, self.copy.adapter, replace=True, may_differ=[CARD])
+            copy_folder(self.run.adapter, self.copy.adapter, replace=True)
         if step is not None and not self._holds(step):
             self._before_change()
             copy_folder(self.run.checkpoint(step), self.copy.checkpoint(step), replace=True)

@@ -36,8 +36,6 @@ EVENTS = "*/events.out.tfevents.*"
 """TensorBoard's files in a run folder: in a folder for each line of a chart."""
 RECORD = "lit_qlora.json"
 """The file in an adapter or a merged model that records its base, its origin and its prompt format."""
-CARD = "README.md"
-"""The model card in an adapter folder; editing it does not alter the model."""
 
 FOR_ONE_START = ("config", "run", "max_time")
 """Options of one start only, which are no part of the run's configuration."""

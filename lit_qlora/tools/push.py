@@ -12,8 +12,8 @@ from lit_qlora.errors import UserError
 from lit_qlora.figures.card import addressed
 from lit_qlora.quiet import quieten
 from lit_qlora.storage.files import size
-from lit_qlora.storage.folders import MANIFEST, DamagedFolderError, verify_folder
-from lit_qlora.storage.run import CARD, RECORD
+from lit_qlora.storage.folders import CARD, MANIFEST, DamagedFolderError, verify_folder
+from lit_qlora.storage.run import RECORD
 from lit_qlora.tools.answering.answerer import trained_run
 from lit_qlora.tools.pushing.hub import KINDS, Contents, Hub
 from lit_qlora.wording import number_of
@@ -74,7 +74,7 @@ def _verified(source: Path) -> tuple[str, dict[str, int]]:
     if problem or kind is None:
         raise UserError(f"push: {source} {problem}", remedy="give a folder that fit or merge made")
     try:
-        return kind, verify_folder(source, may_differ=[CARD])
+        return kind, verify_folder(source)
     except DamagedFolderError as error:
         raise error.replace(
             problem=f"{error.problem}: it was altered or cut short after it was saved, and is not sent"
@@ -126,7 +126,7 @@ def _agreed() -> bool:
 def _check_unchanged(source: Path, sizes: dict[str, int]) -> None:
     """Raises UserError if a running training has replaced the adapter while it was sent."""
     try:
-        if verify_folder(source, may_differ=[CARD]) == sizes:
+        if verify_folder(source) == sizes:
             return
     except DamagedFolderError:
         pass

@@ -255,12 +255,28 @@ def test_a_manifest_that_is_none(whole: Path, text: bytes) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_may_be_edited(whole: Path) -> None:
-    (whole / "a.txt").write_text("edited")
-    assert verify_folder(whole, may_differ=["a.txt"]) == {"a.txt": 6, "sub/b.bin": 6000}
-    (whole / "a.txt").unlink()
-    with pytest.raises(DamagedFolderError, match=r"'a.txt': expected a file, found no such file"):
-        verify_folder(whole, may_differ=["a.txt"])
+@pytest.fixture
+def with_card(tmp_path: Path) -> Path:
+    """A folder whose card was edited since."""
+    write_folder(tmp_path / "x", lambda folder: [(folder / name).write_text("made") for name in ("README.md", "b.bin")])
+    (tmp_path / "x" / "README.md").write_text("edited")
+    return tmp_path / "x"
+
+
+def test_a_card_may_be_edited_and_no_other_file(with_card: Path) -> None:
+    assert verify_folder(with_card) == {"README.md": 6, "b.bin": 4}
+    copy_folder(with_card, with_card.with_name("copy"))
+    assert (with_card.with_name("copy") / "README.md").read_text() == "edited"
+    (with_card / "README.md").unlink()
+    with pytest.raises(DamagedFolderError, match=r"'README.md': expected a file, found no such file"):
+        verify_folder(with_card)
+
+
+def test_recover_prefers_the_target_whose_card_was_edited_to_what_it_had_replaced(with_card: Path) -> None:
+    write_folder(with_card.with_name(".x.old-1-0a0a0a0a"), hello)
+    recover(with_card)
+    assert (with_card / "README.md").read_text() == "edited"
+    assert listing(with_card.parent) == ["x"]
 
 
 @pytest.mark.parametrize(

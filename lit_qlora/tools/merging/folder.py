@@ -23,8 +23,8 @@ from lit_qlora.model.base import Base
 from lit_qlora.model.device import choose_precision, compute_dtype, current_device
 from lit_qlora.model.lora import read_record
 from lit_qlora.storage.files import size
-from lit_qlora.storage.folders import write_folder
-from lit_qlora.storage.run import CARD, RECORD
+from lit_qlora.storage.folders import CARD, write_folder
+from lit_qlora.storage.run import RECORD
 from lit_qlora.storage.shards import write_shards
 from lit_qlora.text.conversation import Conversation
 from lit_qlora.tools.answering.answerer import ResolvedAdapter

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "lit_qlora").rglob("*.py"))
 FLOORS = {
     "__version__": -1, "place": -1, "secrecy": -1,  # even an error may name the command, and show no secret
-    "wording": -1,
+    "wording": -1, "columns": -1,
     "errors": 0, "batch": 0, "quiet": 0, "signals": 0, "console": 0.1, "ranges": 0.5, "devices": 1, "arguments": 1,
     "elsewhere": 1, "options": 2, "configs": 3, "signatures": 3, "command": 3.5, "precheck": 4, "usage": 4, "text": 1,
     "demo": 1, "storage": 1, "data": 2, "model": 2, "forecast": 3, "figures": 3, "callbacks": 4, "start": 4,

@@ -1,14 +1,15 @@
 """Owns a row as the model sees it: the text of each token, whether it is learned, and the short example of a fit.
 
-Whatever a row holds is made printable here. Knows no batch, no file and no page.
+Knows no batch, no file and no page.
 """
 
 import re
-import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
+from lit_qlora.batch import IGNORE_INDEX
+from lit_qlora.columns import columns, printable, shortened
 from lit_qlora.data.tokenizer import special_tokens
 
 if TYPE_CHECKING:
@@ -19,8 +20,6 @@ END = "⏹"
 
 SHORT_AMONG = 100
 """Rows of which the shortest is the example."""
-
-_MARKS = {"\n": "↵", "\t": "⇥"}
 
 
 class Token(NamedTuple):
@@ -48,46 +47,6 @@ def tokens(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int], learned: It
     ]
 
 
-def printable(text: str) -> str:
-    """``text`` on one line, with marks for line's ends and tabs and codes for whatever a terminal would obey."""
-    return "".join(
-        _MARKS.get(character) or (character if character.isprintable() else ascii(character)[1:-1])
-        for character in text
-    )
-
-
-def columns(text: str) -> int:
-    """Columns of a terminal that a printable ``text`` takes."""
-    return sum(
-        0 if unicodedata.combining(character) else 2 if unicodedata.east_asian_width(character) in "WF" else 1
-        for character in text
-    )
-
-
-def shortened(text: str, width: int) -> str:
-    """A printable text without its middle.
-
-    Args:
-        text: to be shortened, if it takes more.
-        width: columns that it may take.
-    """
-    if columns(text) <= width:
-        return text
-    head = first_columns(text, (width - 1) * 2 // 3)
-    tail = first_columns(text[::-1], width - 1 - columns(head))[::-1]
-    return f"{head}…{tail}"
-
-
-def first_columns(text: str, width: int) -> str:
-    """The beginning of ``text`` that takes at most ``width`` columns."""
-    taken, end = 0, 0
-    for end, character in enumerate(text):
-        taken += columns(character)
-        if taken > width:
-            return text[:end]
-    return text
-
-
 def example_lines(
     tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int], labels: Sequence[int], width: int, most: int
 ) -> list[str]:
@@ -102,8 +61,6 @@ def example_lines(
         width: columns of a line.
         most: lines, 1 or 2.
     """
-    from lit_qlora.batch import IGNORE_INDEX  # here: chat's --help needs columns, and no torch
-
     runs = [
         (learned, [token for token, _ in run])
         for learned, run in groupby(zip(ids, labels, strict=True), lambda pair: pair[1] != IGNORE_INDEX)

@@ -5,12 +5,12 @@ A line: ``{"step", "max_new_tokens", "answers": [{"prompt", "base", "adapter"}]}
 """
 
 from collections.abc import Mapping, Sequence
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lit_qlora.columns import first_columns, in_column, lines_of
 from lit_qlora.console import WIDTH
-from lit_qlora.data.view import columns, first_columns
 from lit_qlora.figures.lines import iter_lines
 
 ROWS_SHOWN = 16
@@ -108,11 +108,12 @@ def side_by_side(answers: Sequence[Mapping[str, Any]]) -> list[str]:
         Lines for a terminal; none where no adapter has answered.
     """
     rows = [row for row in answers if "adapter" in row][:COMPARED]
-    shown = [_in_columns("  base alone", "with the adapter")] if rows else []
+    shown = [in_column("  base alone", COLUMN + 4) + "with the adapter"] if rows else []
     for row in rows:
         shown += _wrapped(row["prompt"], WIDTH, 1)
         texts = [_wrapped(row[whose]["text"] or "(nothing)", COLUMN, 3) for whose in ("base", "adapter")]
-        shown += [_in_columns(f"  {left}", right) for left, right in zip_longest(*texts, fillvalue="")]
+        pairs = zip_longest(*texts, fillvalue="")
+        shown += [(in_column(f"  {left}", COLUMN + 4) + right).rstrip() for left, right in pairs]
     return shown
 
 
@@ -140,26 +141,11 @@ def _rows(line: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
 
 
-def _in_columns(left: str, right: str) -> str:
-    return f"{left}{' ' * (COLUMN + 4 - columns(left))}{right}".rstrip()
-
-
 def _wrapped(text: str, width: int, lines: int) -> list[str]:
     """``text`` in at most ``lines`` of ``width`` columns, without characters that would steer a terminal."""
-    found = [""]
-    for word in "".join(one if one.isprintable() else " " for one in text).split():
-        gap = " " if found[-1] else ""
-        if columns(found[-1] + gap + word) <= width:
-            found[-1] += gap + word
-        elif columns(word) <= width // 2:
-            found.append(word)
-        else:  # longer than a line, or text without spaces
-            for one in gap + word:
-                found += [] if columns(found[-1] + one) <= width else [""]
-                found[-1] += one if found[-1] else one.strip()
-        if len(found) > lines:
-            return [*found[: lines - 1], f"{first_columns(found[lines - 1], width - 2)} …"]
-    return found if found[-1] else []
+    words = "".join(one if one.isprintable() else " " for one in text).split()
+    found = [*islice(lines_of(" ".join(words), width), lines + 1)]
+    return found if len(found) <= lines else [*found[: lines - 1], f"{first_columns(found[lines - 1], width - 2)} …"]
 
 
 def ends_in_words(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[str, str | None, str]]:

@@ -3,9 +3,10 @@
 import pytest
 
 from lit_qlora.batch import IGNORE_INDEX
+from lit_qlora.columns import columns
 from lit_qlora.data.encode import Encoder
 from lit_qlora.data.tokenizer import load_tokenizer
-from lit_qlora.data.view import columns, example_lines, printable, shortened, tokens
+from lit_qlora.data.view import example_lines, tokens
 from lit_qlora.text.conversation import Conversation, Turn
 from tests.data.talks import said
 
@@ -36,19 +37,6 @@ def test_a_special_tokens_spelling_is_no_special_token(encoder):
     assert sum(token.special for token in found) == 2
 
 
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("a\nb\tc", "a↵b⇥c"),
-        ("\x1b[2J\r\0", "\\x1b[2J\\r\\x00"),
-        ("a\u202eb\u2028", "a\\u202eb\\u2028"),
-        ("漢 ß 🙂", "漢 ß 🙂"),
-    ],
-)
-def test_nothing_reaches_the_terminal_that_it_would_obey(text, shown):
-    assert printable(text) == shown
-
-
 def test_parts_of_characters_are_shown_as_bytes(encoder):
     ids = encoder.plain("漢")
     assert [token.text for token in tokens(encoder.tokenizer, ids, [False] * len(ids))][-3:] == [
@@ -68,12 +56,6 @@ def test_parts_of_characters_of_a_byte_level_vocabulary_are_bytes_too(encoder):
     assert [token.text for token in tokens(tokenizer, [0, 1, 2, 3, 4], [True] * 5)] == [
         "<0x20 0xE6>", "<0xBC>", "<0xA2>", " a", "b"
     ]  # fmt: skip
-
-
-def test_wide_characters_take_two_columns():
-    assert [columns(text) for text in ("abc", "漢字", "e\u0301")] == [3, 4, 1]
-    assert shortened("漢" * 40, 20) == "漢" * 6 + "…" + "漢" * 3
-    assert shortened("abc", 3) == "abc"
 
 
 def example(encoder, conversation, most):

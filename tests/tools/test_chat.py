@@ -507,6 +507,13 @@ def test_two_columns():
     assert side_by_side(("one", "a"), ("two", "b"), 49) == "one:\na\ntwo:\nb"
 
 
+def test_two_columns_of_wide_characters_and_of_code():
+    assert side_by_side(("one", "漢字 " * 6), ("two", "def f():\n\treturn 1"), 53).split("\n")[2:] == [
+        "漢字 漢字 漢字 漢字 漢字  | def f():",
+        "漢字                      |         return 1",
+    ]
+
+
 @pytest.mark.parametrize(("limit", "words"), [(10**6, 1), (8, 600)], ids=["limit", "question"])
 def test_what_a_visitor_is_told_names_no_place_of_the_owners(limit, words, answerer, tmp_path, monkeypatch):
     (tmp_path / "llama").mkdir()

@@ -12,10 +12,10 @@ import torch
 
 from lit_qlora import demo
 from lit_qlora.cli import main
+from lit_qlora.columns import columns
 from lit_qlora.data import batching
 from lit_qlora.data.encode import Encoder
 from lit_qlora.data.faults import KINDS
-from lit_qlora.data.view import columns
 from lit_qlora.tools.inspecting.verdict import Judge
 from lit_qlora.wording import number_of
 from tests.data.talks import write

@@ -8,7 +8,6 @@ import os
 import re
 import shlex
 import signal
-import textwrap
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from itertools import zip_longest
@@ -16,6 +15,7 @@ from pathlib import Path
 from shutil import get_terminal_size
 from types import FrameType
 
+from lit_qlora.columns import in_column, lines_of
 from lit_qlora.console import fitted
 from lit_qlora.errors import UserError, excerpt
 from lit_qlora.text.conversation import Conversation, Turn
@@ -213,7 +213,7 @@ def side_by_side(left: tuple[str, str], right: tuple[str, str], columns: int) ->
     width = (columns - 3) // 2
     cells = []
     for heading, text in (left, right):
-        wrapped = (part for line in text.split("\n") for part in textwrap.wrap(line, width) or [""])
+        wrapped = (part for line in text.split("\n") for part in list(lines_of(line.expandtabs(), width)) or [""])
         cells.append([heading, "-" * len(heading), *wrapped])
     rows = zip_longest(*cells, fillvalue="")
-    return "\n".join(f"{one:<{width}} | {other}".rstrip() for one, other in rows)
+    return "\n".join(f"{in_column(one, width)} | {other}".rstrip() for one, other in rows)

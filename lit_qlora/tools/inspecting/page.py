@@ -5,8 +5,9 @@ Knows a look and the words for it.
 
 from collections.abc import Collection
 
+from lit_qlora.columns import printable
 from lit_qlora.data.faults import KINDS
-from lit_qlora.data.view import printable, stretches
+from lit_qlora.data.view import stretches
 from lit_qlora.figures.render import filled
 from lit_qlora.tools.inspecting import words
 from lit_qlora.tools.inspecting.look import Look

@@ -11,9 +11,9 @@ from itertools import groupby, islice
 from typing import NamedTuple
 
 from lit_qlora.batch import IGNORE_INDEX
+from lit_qlora.columns import printable
 from lit_qlora.data.encode import Encoder, Example, Written, joined
 from lit_qlora.data.tokenizer import special_tokens
-from lit_qlora.data.view import printable
 
 _SHORTEN = "a larger data.max_length keeps them whole; else shorten or divide them"
 REMEDIES = {

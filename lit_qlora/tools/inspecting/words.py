@@ -5,16 +5,16 @@ and no files.
 """
 
 import statistics
-import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
+from lit_qlora.columns import columns, in_column, lines_of, printable, shortened
 from lit_qlora.console import WIDTH
 from lit_qlora.data.faults import KINDS
 from lit_qlora.data.files import split_place
-from lit_qlora.data.view import Token, columns, printable, shortened, stretches
+from lit_qlora.data.view import Token, stretches
 from lit_qlora.tools.inspecting.look import Batching, Found, Look, Part, Shown
 from lit_qlora.tools.inspecting.verdict import REMEDIES
 from lit_qlora.wording import number_of, of_number
@@ -342,6 +342,5 @@ def _placed(first: str, second: str, is_place: bool = False) -> Iterator[str]:
 
 def _wrapped(text: str, first: str = "") -> list[str]:
     """Lines of at most `WIDTH` columns, the first behind ``first``, the others under it."""
-    room = WIDTH - columns(first) - sum(columns(character) - 1 for character in text if columns(character) > 1)
-    found = textwrap.wrap(printable(text), max(room, 20), break_on_hyphens=False) or [""]
-    return [f"{first if not number else ' ' * columns(first)}{line}" for number, line in enumerate(found)]
+    found = list(lines_of(printable(text), WIDTH - columns(first))) or [""]
+    return [in_column("" if number else first, columns(first)) + line for number, line in enumerate(found)]

@@ -241,7 +241,7 @@ PATH = re.compile(r"(?<![\w:/.\\])(?:~|[A-Za-z]:)?(?:[/\\][^\s/\\'\"():,;]+)+")
 
 def without_private_parts(text: str) -> str:
     """``text`` without tokens, addresses, this machine's name, and all but the last part of each path."""
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+    for name in surroundings.TOKENS:
         if secret := os.environ.get(name, "").strip():
             text = text.replace(secret, "(token)")
     text = re.sub(r"hf_\w{6,}", "(token)", text)

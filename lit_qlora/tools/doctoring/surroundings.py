@@ -26,6 +26,8 @@ MODULES = {
     "lightning": "lightning.pytorch",
     "transformers": "transformers.models.llama.modeling_llama",
 }
+TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+"""Variables of the environment that may hold the hub's token."""
 WITHOUT_TORCH = ("jsonargparse", "datasets", "tensorboard")
 HOST_BYTES = 2.5 * GIB
 """Python, torch with CUDA and one 16-bit weight of a 7B, as `plan` has it."""
@@ -349,7 +351,7 @@ def hub_cache() -> Path:
 
 def token() -> Iterator[Finding]:
     """The place of the hub's token, if there is one; never its value."""
-    if any(os.environ.get(name, "").strip() for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")):
+    if any(os.environ.get(name, "").strip() for name in TOKENS):
         yield Finding("ok", "token: in the environment")
         return
     home = os.environ.get("HF_HOME", "~/.cache/huggingface")

@@ -65,7 +65,7 @@ class Rows:
     @classmethod
     def of(cls, data: Any) -> "Rows":
         """Those of a `ChatDataModule` after ``setup("fit")``."""
-        encoded = data._rows["train"]
+        _, encoded = data.rows("train")
         return cls(tuple(encoded.lengths), sum(encoded.answer_tokens) / sum(encoded.lengths))
 
 

@@ -1,7 +1,8 @@
-"""Owns atomic writes of single files (written aside, synced, renamed), and the error message of a failed save.
+"""Owns single files: atomic writes, what an option may name to be written, JSON and UTF-8 read, and the words for each
+failure.
 
-Folder syncs and file modes are skipped on file systems without them (Google Drive).
-Knows nothing of what the files hold.
+A file is written aside, synced and renamed; folder syncs and file modes are skipped on file systems without them
+(Google Drive). Knows nothing of what the files hold.
 """
 
 import errno

@@ -46,7 +46,7 @@ class Rows(ChatDataModule):
                 {"input_ids": [1, row + 3, row + 3, 2], "labels": [IGNORE_INDEX] * 2 + [row + 3, 2]}
                 for row in range(count)
             ]
-            self._rows[part] = EncodedRows(rows, [4] * count, [2] * count, 0, 0)
+            self._records[part], self._rows[part] = None, EncodedRows(rows, [4] * count, [2] * count, 0, 0)
 
 
 class Tiny(LightningModule):

@@ -213,7 +213,8 @@ def _run_fit_or_kin(verb: str, args: list[str]) -> int:
         if count > 1 and verb in TRAINERS and world().size == 1:
             raise starting.SeveralAsked(count)
         if world().rank == 0:
-            say_imports()
+            prints_config = any(arg.startswith("--print_config") for arg in args)  # which goes into a file
+            say_imports(sys.stderr if prints_config else None)
         with nothing_open():
             module = import_module(FIT_AND_KIN[verb])
         return int(module.main(command))

@@ -89,7 +89,7 @@ def no_waste() -> Iterator[None]:
     nor is there a word on imports, whichever test is the first.
     """
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("lit_qlora.cli.say_imports", lambda: None)
+        patched.setattr("lit_qlora.cli.say_imports", lambda _: None)
         patched.setattr(os, "fsync", lambda _: None)
         patched.setattr("lit_qlora.figures.report.charts", lambda *_: iter(()))
         patched.setattr("lit_qlora.figures.card.draw_curves", _draw_nothing)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -34,6 +35,20 @@ def test_an_old_python_can_read_the_file_that_says_so() -> None:
     assert source.isascii()
     for node in ast.walk(ast.parse(source, feature_version=(3, 4))):
         assert not isinstance(node, ast.JoinedStr | ast.AnnAssign | ast.NamedExpr | ast.Match)
+
+
+@pytest.mark.parametrize(
+    ("option", "is_printed"), [("--print_config", True), ("--print_config=skip_null", True), ("", False)]
+)
+def test_a_printed_config_is_nothing_but_a_config(
+    option: str, is_printed: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As it goes into a file: the word on imports stands elsewhere."""
+    streams = list[object]()
+    monkeypatch.setattr(cli, "say_imports", streams.append)
+    monkeypatch.setattr(cli, "import_module", lambda _: SimpleNamespace(main=lambda _: 0))
+    assert main(["fit", *filter(None, [option])]) == 0
+    assert (streams, capfd.readouterr().out) == ([sys.stderr if is_printed else None], "")
 
 
 VERBS = [

@@ -210,14 +210,20 @@ class RunFolder:
         return (self.path / ".lock").is_file() or not any(self.path.iterdir())
 
     def discard_unless_begun(self) -> None:
-        """Remove what a failed start leaves behind, and the folder if nothing else is in it."""
+        """Remove what a failed start leaves behind, and the folder if nothing else is in it.
+
+        A folder with the files of a user's own logger keeps the mark by which the next start may use it.
+        """
         if self.has_begun():
             return
         with suppress(OSError):  # a folder that can't be written keeps what little is in it
             events = [*self.path.glob(EVENTS)]
-            for file in (self.config, self.rows, self.decisions, self.path / ".lock", *events):
+            for file in (self.config, self.rows, self.decisions, *events):
                 file.unlink(missing_ok=True)
-            _remove_empty([self.checkpoints, *{file.parent for file in events}, self.path])
+            _remove_empty([self.checkpoints, *{file.parent for file in events}])
+            if [one.name for one in self.path.iterdir()] in ([], [".lock"]):
+                (self.path / ".lock").unlink(missing_ok=True)
+                self.path.rmdir()
 
     def checkpoint(self, step: int) -> Path:
         """The checkpoint folder of an optimizer step."""

@@ -252,7 +252,8 @@ def test_a_start_that_failed_removes_nothing_of_anybody_elses(tmp_path):
     run.write_config("a: 1\n")
     (tmp_path / ".lock").touch()
     run.discard_unless_begun()
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    assert {path.name for path in tmp_path.iterdir()} == {"mine.txt", ".lock"}
+    run.check_place()  # as of a logger of the user's: the same command begins anew
 
 
 @pytest.mark.parametrize("number", range(8))

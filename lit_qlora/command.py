@@ -4,7 +4,7 @@ whether it may go on with the run.
 Asked before anything heavy is imported. Knows no option's meaning, and no model.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from shlex import quote
 from typing import Any, NamedTuple
@@ -152,18 +152,21 @@ def with_kept(command: Command) -> list[str]:
     return [verb, *rest]
 
 
-def check_same_run(run: RunFolder, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def check_same_run(
+    run: RunFolder, was: Mapping[str, Any], now: Mapping[str, Any], are_same_rows: Callable[[], bool]
+) -> None:
     """Check that a start's settings are those of a run, but for what may change.
 
     Args:
         run: the run.
         was: its settings, in sections or by dotted names.
         now: those of the start, likewise.
+        are_same_rows: as in `settings.refused`.
 
     Raises:
         UserError: others would make it another run; before that, for sources that are missing.
     """
-    if others := settings.refused(was, now):
+    if others := settings.refused(was, now, are_same_rows):
         check_sources(as_sections(flat(now)).get("data", {}))
         problem = f"{run.path} was started with other settings: {'; '.join(map(str, others))}"
         raise UserError(problem, option="run", remedy="give --run NAME to start another run")

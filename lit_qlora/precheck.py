@@ -129,6 +129,20 @@ def _check_with_kept(verb: str, values: Mapping[str, Any], kept: RunFolder, both
         check_sources(as_sections(values).get("data", {}))
     if verb == "fit":
         _check_run(values, kept)
+    if verb != "fit" or not (kept.finished_mark.exists() or values.get("mirror")):
+        _check_kept_rows(verb, as_sections(both).get("data", {}), kept)
+
+
+def _check_kept_rows(verb: str, data: Mapping[str, Any], kept: RunFolder) -> None:
+    """Raises UserError for rows of the run ``kept`` that are not where they were, as after a move of either."""
+    needed = ("source",) if verb == "test" else ("source", "validation_source")
+    for name in needed:
+        try:
+            check_sources({name: data.get(name)})
+        except UserError as error:
+            raise error.advise(
+                f"{kept.path} has this path: give --data.{name} if the rows are elsewhere now"
+            ) from error
 
 
 def _check_whole(verb: str, values: Mapping[str, Any], config: str | None) -> None:
@@ -142,7 +156,9 @@ def _check_whole(verb: str, values: Mapping[str, Any], config: str | None) -> No
         _check_run(values, run)
     elif verb == "fit":
         run.check_place()
-        run = run.first_meant(lambda one: not settings.refused(*_settings(values, one)))  # as far as is known here
+        run = run.first_meant(
+            lambda one: not settings.refused(*_settings(values, one), one.rows.is_file)
+        )  # as far as is known here
     is_done = verb == "fit" and (run.finished_mark.exists() or bool(values.get("mirror")))
     if not is_done:  # a run that is finished, here or there, needs no rows
         _check_rows(values, any_number=verb == "inspect")
@@ -226,7 +242,7 @@ def _check_run(values: Mapping[str, Any], run: RunFolder) -> None:
     if is_first():
         run.check_writable()
         RunLock(run.path).check()
-    check_same_run(run, *_settings(values, run))
+    check_same_run(run, *_settings(values, run), run.rows.is_file)  # the rows are not read yet
 
 
 def _settings(values: Mapping[str, Any], run: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -75,10 +75,10 @@ def _another(
     names = ("model.base", "trainer.precision", "trainer.max_steps", "trainer.max_epochs")
     changes = [change for change in settings.differences(first, config) if change.name in names]
     record = _record(run) if changes else {}
-    others = settings.refused(first, config) + [
+    others = settings.refused(first, config, lambda: data.changed_since(run.rows) == []) + [
         change for change in changes if _matters(change.name, run, record, config, base)
     ]
-    return [*map(str, others)] or (data.changed_since(run.rows) if run.finished() else [])
+    return [*map(str, others)] or (data.changed_since(run.rows) if run.finished() else None) or []
 
 
 def _matters(name: str, run: RunFolder, record: Mapping[str, Any], config: Mapping[str, Any], base: Base) -> bool:
@@ -122,7 +122,7 @@ def check_against_first(run: RunFolder, config: dict[str, Any], data: ChatDataMo
         return
     if not run.config.is_file():
         run.write_config(as_yaml(first))
-    check_same_run(run, first, config)
+    check_same_run(run, first, config, lambda: data.changed_since(run.rows) == [])
     finished = run.finished()
     if finished and _stays_finished(finished, finished.get("lengths", lengths(first)), lengths(config)):
         if changes := data.changed_since(run.rows):
@@ -136,8 +136,7 @@ def check_against_first(run: RunFolder, config: dict[str, Any], data: ChatDataMo
             f"Its adapter: {run.adapter}. To start another run, give it a name: --run NAME"
         )
         raise SystemExit(0)
-    changed = settings.allowed(first, config)
-    if changed:
+    if changed := settings.differences(first, config):
         print(f"   run  changed: {'; '.join(map(str, changed))}", flush=True)
 
 

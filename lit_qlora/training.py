@@ -227,7 +227,7 @@ class QLoRACLI(LightningCLI):
         self.run.open(self.stack)
         if mirror is not None:
             self.mirror = Mirror(self.run, mirror, tell, check_checkpoint)
-            self.mirror.open(config)
+            self.mirror.open(config, lambda file: self.datamodule.changed_since(file) == [])
             self.mirrored = self.mirror.copy.adapter
         try:
             start.check_against_first(self.run, config, self.datamodule)

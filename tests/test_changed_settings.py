@@ -32,6 +32,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = demo.TRAIN.read_text(encoding="utf-8").splitlines()
     (here / "rows.jsonl").write_text("\n".join(lines[:60]) + "\n", encoding="utf-8")
     (here / "held_out.jsonl").write_text("\n".join(lines[60:70]) + "\n", encoding="utf-8")
+    (here / "others.jsonl").write_text("\n".join(lines[70:80]) + "\n", encoding="utf-8")
     shutil.copytree(demo.BASE, here / "base")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(here)
@@ -84,7 +85,7 @@ def _saved() -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("args", "change"),
     [
-        (["--data.source", "held_out.jsonl"], "data.source: rows.jsonl -> held_out.jsonl"),
+        (["--data.source", "others.jsonl"], "data.source: rows.jsonl -> others.jsonl"),
         (["--seed_everything", "1"], "seed_everything: 42 -> 1"),
         (["--data.batch_size", "2"], "data.batch_size: 4 -> 2"),
         (["--trainer.accumulate_grad_batches", "2"], "trainer.accumulate_grad_batches: 1 -> 2"),
@@ -131,6 +132,30 @@ def test_a_copy_of_the_base_is_the_same_base(here: Path, capsys: pytest.CaptureF
     Path("base").rename("moved")
     assert main([*FIT, "--model.base", "moved"]) == 0
     assert "   run  changed: model.base: base -> moved\n" in capsys.readouterr().out
+
+
+def test_rows_elsewhere_are_the_same_rows(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("drive").mkdir()
+    for name in ("rows", "held_out"):
+        Path(f"{name}.jsonl").rename(f"drive/{name}.jsonl")
+    for args in (["fit", "--run", "./run"], ["validate", "--run", "./run"]):
+        assert main(args) == 2
+        advice = "; run has this path: give --data.source if the rows are elsewhere now\n"
+        shown = capsys.readouterr().err
+        assert shown.startswith("error: rows.jsonl: no such file") and shown.endswith(advice)
+    moved = [*take_option(take_option(FIT, "--data.source")[1], "--data.validation_source")[1],
+             "--data.source", "drive/rows.jsonl", "--data.validation_source", "drive/held_out.jsonl"]  # fmt: skip
+    assert main([*moved, "--mirror", "drive"]) == 0
+    shown = capsys.readouterr().out
+    changed = "data.source: rows.jsonl -> drive/rows.jsonl; data.validation_source: held_out.jsonl -> drive/held_out"
+    assert f"   run  changed: {changed}" in shown and "is finished" not in shown
+    shutil.rmtree("run")
+    assert main([*take_option(moved, "--data.source")[1], "--data.source", f"{here}/drive/rows.jsonl",
+                 "--mirror", "drive"]) == 0  # fmt: skip
+    assert "run is finished (6 of 6 steps): nothing to do" in capsys.readouterr().out
+    Path("others.jsonl").replace("drive/rows.jsonl")
+    assert main([*moved, "--mirror", "drive"]) == 2
+    assert "drive/run belongs to another run: data.source: rows.jsonl -> drive/rows.jsonl" in capsys.readouterr().err
 
 
 def test_another_base_under_the_same_name(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

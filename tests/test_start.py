@@ -103,6 +103,21 @@ def test_a_finished_run_whose_rows_changed_is_another_one(capsys: pytest.Capture
     assert chosen(CONFIG, source="mine.jsonl") == "runs/demo"
 
 
+def test_the_same_rows_elsewhere_are_the_same_run() -> None:
+    write_rows(8)
+    here, there = (CONFIG | {"data": {"source": source}} for source in ("mine.jsonl", "there/mine.jsonl"))
+    run = finished("runs/demo", "mine.jsonl")
+    run.config.write_text(as_yaml(here))
+    Path("there").mkdir()
+    Path("mine.jsonl").replace("there/mine.jsonl")
+    assert chosen(there, source="there/mine.jsonl") == "runs/demo"
+    write_rows(9)
+    Path("mine.jsonl").replace("there/mine.jsonl")
+    assert chosen(there, source="there/mine.jsonl") == "runs/demo-2"
+    run.rows.unlink()  # unknown
+    assert chosen(there, source="there/mine.jsonl") == "runs/demo-2"
+
+
 def test_rows_in_another_order_are_no_other_rows() -> None:
     write_rows(2)
     Path("held.jsonl").write_text('{"prompt": "Who?", "response": "I."}\n')

@@ -363,10 +363,10 @@ class ChatDataModule(LightningDataModule):
         train, held_out = (self._records[part].conversations for part in ("train", "validation"))
         return RunRows.of(train, held_out, as_text(self.validation_source))
 
-    def changed_since(self, file: Path) -> list[str]:
-        """What became of a run's conversations since it began, in words; empty if they are the same, or unknown.
+    def changed_since(self, file: Path) -> list[str] | None:
+        """What became of a run's conversations since it began, in words; empty if they are the same.
 
-        Sources on the hub, and those that are no longer there, are not read.
+        None if that is unknown: sources on the hub, and those that are no longer there, are not read.
 
         Args:
             file: the run's record of them.
@@ -377,7 +377,7 @@ class ChatDataModule(LightningDataModule):
         recorded = RunRows.read(file)
         given = [*filter(None, (self.source, self.validation_source))]
         if recorded is None or not all(map(are_here, given)):
-            return []
+            return None
         train, held_out = (records.conversations for records in self.parts().train_and_held_out())
         return recorded.differences(RunRows.of(train, held_out, as_text(self.validation_source)))
 

@@ -61,7 +61,7 @@ class Mirror:
         self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
         self._failed = False
 
-    def open(self, config: Mapping[str, Any]) -> None:
+    def open(self, config: Mapping[str, Any], are_same_rows: Callable[[Path], bool] = lambda file: False) -> None:
         """Create the folder, repair what a kill left in it, and restore the run from it if the copy is ahead.
 
         A new copy that can't be started is an error: nothing is trained yet, and the user can make room. Later
@@ -77,7 +77,7 @@ class Mirror:
             raise _wrong(f"{self.copy.path} is in the run's own folder", "give a folder elsewhere")
         self._begin()
         if self.copy.has_begun() and self.copy.config.is_file():
-            others = refused(self.copy.read_config(), config)
+            others = refused(self.copy.read_config(), config, lambda: are_same_rows(self.copy.rows))
             if others:
                 problem = f"{self.copy.path} belongs to another run: {'; '.join(map(str, others))}"
                 raise _wrong(problem, "give another --mirror, or another --run NAME")

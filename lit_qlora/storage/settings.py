@@ -3,7 +3,7 @@
 Knows the names of options and why changing them is harmless, and nothing of what they do.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from hashlib import sha256
 from typing import Any, NamedTuple
 
@@ -48,6 +48,8 @@ MAY_CHANGE: Mapping[str, str] = {
     "trainer.precision": "auto and its choice are the same",
     "model.base": "a copy elsewhere is the same base, and has the same tokenizer",
 }
+SOURCES = ("data.source", "data.validation_source")
+"""Where rows are: may change as long as the rows are the same ones, which shows once they are read."""
 LONGEST_SHOWN = 200
 """Longest setting, in characters, that a message shows in full."""
 
@@ -78,28 +80,23 @@ def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     ]
 
 
-def refused(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
-    """The changes that would make it another run.
+def refused(
+    was: Mapping[str, Any], now: Mapping[str, Any], are_same_rows: Callable[[], bool] = lambda: False
+) -> list[Change]:
+    """The changes that would make it another run; with all others it may resume.
 
     Args:
         was: as in `differences`.
         now: likewise.
+        are_same_rows: asked where only `SOURCES` changed: True if the rows there are those of the run.
     """
-    return [change for change in differences(was, now) if not _may_change(change.name)]
+    others = [change for change in differences(was, now) if not _is_of(change.name, MAY_CHANGE)]
+    is_moved = all(_is_of(change.name, SOURCES) for change in others)
+    return [] if is_moved and others and are_same_rows() else others
 
 
-def allowed(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
-    """The changes with which the run may resume.
-
-    Args:
-        was: as in `differences`.
-        now: likewise.
-    """
-    return [change for change in differences(was, now) if _may_change(change.name)]
-
-
-def _may_change(name: str) -> bool:
-    return any(name == known or name.startswith(f"{known}.") for known in MAY_CHANGE)
+def _is_of(name: str, options: Iterable[str]) -> bool:
+    return any(name == known or name.startswith(f"{known}.") for known in options)
 
 
 def _in_one_line(value: Any) -> str:

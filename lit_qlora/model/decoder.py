@@ -124,8 +124,9 @@ def _why_not(layer: Any, architecture: Architecture) -> str | None:
         return f"layers that are not {architecture.prefix}'s"
     is_silu = torch.equal(mlp.act_fn(_PROBE), functional.silu(_PROBE))
     bases = [getattr(module, "base_layer", module) for module in _linears(layer)]
-    if not is_silu or attention.attention_dropout:
-        return "an activation or an attention dropout that is not Llama's"
+    drops = any(value for part in (attention, mlp) for name, value in vars(part).items() if name.endswith("dropout"))
+    if not is_silu or drops:
+        return "an activation or a dropout that is not Llama's"
     if any(base.bias is not None and base.bias.requires_grad for base in bases):
         return "biases that are trained"
     if not all(hasattr(base.weight, "quant_state") for base in bases):

@@ -14,6 +14,7 @@ from typing import Any
 
 from lit_qlora.errors import UserError, cut
 from lit_qlora.model.architectures import PLACES
+from lit_qlora.storage.folders import URL
 from lit_qlora.storage.foreign import FLAG, SHARE, Kind, shown, whole
 
 REMEDY = "take an adapter that is as it was saved"
@@ -221,7 +222,7 @@ def _of_layer(patterns: Mapping[str, Any], layer: str, otherwise: Any) -> Any:
 
 def require_adapter(folder: Path) -> None:
     """Raises UserError unless ``folder`` is one on this machine that holds an adapter."""
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(folder)):  # a Path has one slash less
+    if URL.match(str(folder)):
         raise UserError(f"{folder} is a URL, and adapters are only read from this machine: give an adapter's folder")
     if not (folder / "adapter_config.json").is_file():
         below = folder / "adapter"  # of a run

@@ -26,8 +26,8 @@ CARD = "README.md"
 """The model card of an adapter or a merged model; editing it is no damage, since it does not alter the model."""
 VERSION = 1
 _LEFTOVER = re.compile(r"\.(?P<target>.+)\.(?P<kind>old|tmp|gone)-\d+-[0-9a-f]{8}")
-# pathlib makes "https:/…" of "https://…"; a single letter before the colon is a Windows drive.
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+"""How a URL begins: pathlib makes "https:/…" of "https://…"; a single letter before the colon is a Windows drive."""
 _PICKLES = {".ckpt", ".pt", ".pth", ".bin"}
 
 
@@ -315,7 +315,7 @@ def _leftovers(target: Path, kind: str) -> list[Path]:
 def checkpoint_folder(path: str | Path) -> Path:
     """The folder that ``path`` names. Raises UserError for a URL or a file."""
     wanted = "give the path of a checkpoint folder, such as runs/demo/checkpoints/step-00000500"
-    if _URL.match(str(path)):
+    if URL.match(str(path)):
         raise UserError(f"{path} is a URL, and checkpoints are only read from this machine: {wanted}")
     folder = Path(path)
     if folder.suffix in _PICKLES or folder.is_file():

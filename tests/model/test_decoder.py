@@ -253,7 +253,8 @@ def test_without_gradients_no_inner_result_outlives_its_use(make_model, without,
     [
         (lambda attention, mlp: setattr(mlp.up_proj.base_layer, "bias", torch.nn.Parameter(torch.ones(172))), "biases"),
         (lambda attention, mlp: setattr(mlp, "act_fn", torch.nn.GELU()), "an activation"),
-        (lambda attention, mlp: setattr(attention, "attention_dropout", 0.1), "an attention dropout"),
+        (lambda attention, mlp: setattr(attention, "attention_dropout", 0.1), "a dropout"),
+        (lambda attention, mlp: setattr(mlp, "residual_dropout", 0.1), "a dropout"),  # as Seed-OSS has one
         (lambda attention, mlp: setattr(mlp, "up_proj", torch.nn.Linear(64, 172, bias=False)), "not in 4 bits"),
         (lambda attention, mlp: setattr(mlp.up_proj, "base_layer", torch.nn.Linear(64, 172, bias=False)), "in 4 bits"),
         (lambda attention, mlp: mlp.up_proj.lora_B.update({"default": torch.nn.Linear(4, 172)}), "another kind"),

@@ -206,7 +206,7 @@ class Quantised(torch.nn.Parameter):
         ({1, 2}, "a builtins.set"),
         (b"bytes", "a builtins.bytes"),
         (1j, "a builtins.complex"),
-        (Path("x"), "a pathlib.PosixPath"),
+        (Path("x"), f"a {type(Path()).__module__}.PosixPath"),
         (torch.float32, "a torch.dtype"),
         (Pair(1, 2), "Pair"),
         (torch.Size([1]), "a torch.Size"),

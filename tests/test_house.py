@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 
 from lit_qlora.cli import FIT_AND_KIN, TOOLS
+from lit_qlora.forecast.cards import CARDS
+from lit_qlora.model.architectures import ARCHITECTURES
+from lit_qlora.model.optimizer import OPTIMIZERS
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "lit_qlora").rglob("*.py"))
@@ -91,6 +94,17 @@ def test_nobody_outside_text_asks_which_prompt_format_it_has(path: Path) -> None
             assert not re.search(f"{which}|{known}", question.replace("prompt_format or chosen()", "")), (
                 f"line {node.lineno}: {question}"
             )
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_entry_of_a_table_is_asked_for_by_its_name_elsewhere(path: Path) -> None:
+    """All that hangs on an architecture, an optimizer or a card is in its entry."""
+    tables = {"architectures.py": ARCHITECTURES, "optimizer.py": OPTIMIZERS, "cards.py": [one.name for one in CARDS]}
+    names = {name for file, table in tables.items() if file != path.name for name in table}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Compare | ast.MatchValue):
+            asked = {part.value for part in ast.walk(node) if isinstance(part, ast.Constant)}
+            assert not asked & names, f"line {node.lineno}: {ast.unparse(node)}"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -363,8 +363,7 @@ def moments(step: Step) -> list[StepMemory]:
         replace(again if recomputed else once, moment="end of backward", gradients=4 * lora + accumulated,
                 activations=step.together * step.tokens
                 * (size * shape.hidden + (0 if recomputed else kept_in_layer(step)))),
-        # torch's AdamW holds the roots of all second moments at once; bitsandbytes works in place.
-        replace(always, moment="update", gradients=4 * lora, layer=4 * lora if step.optimizer == "adamw" else 0),
+        replace(always, moment="update", gradients=4 * lora, layer=4 * lora * OPTIMIZERS[step.optimizer].scratch),
     ]  # fmt: skip
     if recomputed:
         done = 4 * lora * step.kept_layers // shape.num_layers

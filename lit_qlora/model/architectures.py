@@ -34,6 +34,7 @@ class Architecture:
         aliases: other names of the class in config.json that mean the same.
         biases: the linear layers that have a bias: always (None), or where the named key of config.json is true.
         has_head_norms: whether queries and keys are normalised per head, before the rotation.
+        needs_divisor: whether transformers has heads divide the hidden size even where ``head_dim`` is given.
         keys: what config.json may hold beside the keys of all architectures, and what each must be.
         defaults: values of keys that are missing in config.json, where transformers' are not those of Llama.
         window: of a config.json, how many tokens back some layer sees at most, itself included; None if all see all.
@@ -44,6 +45,7 @@ class Architecture:
     aliases: tuple[str, ...] = ()
     biases: Mapping[str, str | None] = field(default_factory=dict)
     has_head_norms: bool = False
+    needs_divisor: bool = False
     keys: Mapping[str, Kind] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     window: Callable[[Mapping[str, Any]], int | None] = lambda _: None
@@ -72,6 +74,10 @@ class Architecture:
     def biased(self, config: Mapping[str, Any]) -> tuple[str, ...]:
         """The linear layers that have a bias in a base with this config.json."""
         return tuple(name for name, key in self.biases.items() if key is None or config.get(key))
+
+    def identity(self, config: Mapping[str, Any]) -> tuple[Any, ...]:
+        """What distinguishes it in a base's fingerprint; nothing for Llama, since at first there were no others."""
+        return () if self.model_type == "llama" else (self.model_type, self.window(config))
 
 
 def _qwen_window(config: Mapping[str, Any]) -> int | None:
@@ -102,6 +108,7 @@ ARCHITECTURES = {
             "Llama",
             aliases=("LLaMAForCausalLM",),  # in early conversions, which are otherwise the same
             biases=dict.fromkeys(ATTENTION, "attention_bias") | dict.fromkeys(MLP, "mlp_bias"),
+            needs_divisor=True,
             keys={"attention_bias": FLAG, "mlp_bias": FLAG},
             defaults={"max_position_embeddings": 2048},
         ),

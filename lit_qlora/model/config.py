@@ -167,7 +167,7 @@ def _read_config(name: str, file: Path) -> dict[str, Any]:
 
 def _check_heads(place: str, config: Mapping[str, Any]) -> None:
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    if hidden % heads and (config["model_type"] == "llama" or not config.get("head_dim")):
+    if hidden % heads and (architecture_of(config).needs_divisor or not config.get("head_dim")):
         raise wrong(place, "num_attention_heads", f"a divisor of hidden_size ({hidden})", heads)
     pairs = config.get("num_key_value_heads") or heads
     if heads % pairs:

@@ -145,9 +145,6 @@ def rules_of(config: Mapping[str, Any]) -> tuple[Any, ...]:
     """The parts of config.json that change the output at equal widths, whichever version of transformers wrote it."""
     theta, kind, members = rope_of(config)
     scaling = sorted((name, _canonical(value)) for name, value in members.items()) if kind != "default" else []
-    architecture = architecture_of(config)
-    # Before there were others, Llama's had no name here, and no window.
-    others = () if architecture.model_type == "llama" else (architecture.model_type, architecture.window(config))
     return (
         config["num_attention_heads"],
         float(theta),
@@ -157,7 +154,7 @@ def rules_of(config: Mapping[str, Any]) -> tuple[Any, ...]:
         config.get("hidden_act", "silu"),
         bool(config.get("attention_bias", False)),
         bool(config.get("mlp_bias", False)),
-        *others,
+        *architecture_of(config).identity(config),
     )
 
 

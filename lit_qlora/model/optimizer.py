@@ -26,6 +26,7 @@ class Optimizer(NamedTuple):
         states: values that it keeps per weight.
         in_8_bits: True if these take 8 bits, and not 32.
         is_paged: True if they move to the host's memory when the card's runs short.
+        scratch: fp32 values per weight, of all tensors, that an update holds beside its state.
     """
 
     make: Callable[..., torch.optim.Optimizer]
@@ -33,6 +34,7 @@ class Optimizer(NamedTuple):
     states: int = 2
     in_8_bits: bool = False
     is_paged: bool = False
+    scratch: int = 0
 
     @property
     def state_bytes(self) -> int:
@@ -48,7 +50,8 @@ def _of_bitsandbytes(kind: str, *given: Any, **options: Any) -> torch.optim.Opti
 
 OPTIMIZERS = {
     # Not fused: it unscales gradients itself, which Lightning refuses with clipping in fp16.
-    "adamw": Optimizer(partial(torch.optim.AdamW, foreach=True), smaller=("adamw_8bit", "paged_adamw_8bit")),
+    # It holds the roots of all second moments at once, where bitsandbytes works in place.
+    "adamw": Optimizer(partial(torch.optim.AdamW, foreach=True), smaller=("adamw_8bit", "paged_adamw_8bit"), scratch=1),
     "adamw_8bit": Optimizer(partial(_of_bitsandbytes, "AdamW8bit"), ("paged_adamw_8bit",), in_8_bits=True),
     # The 8-bit one that stays on the card takes more there.
     "paged_adamw": Optimizer(partial(_of_bitsandbytes, "PagedAdamW"), ("paged_adamw_8bit",), is_paged=True),

@@ -250,12 +250,18 @@ def test_both_kinds_of_8_bit_tensors_are_in_the_test_above():
 
 
 def test_an_optimizers_entry_is_all_that_a_forecast_asks(monkeypatch):
-    lion = Optimizer(lambda *_, **__: pytest.fail("made"), ("lion_8bit",), states=1)
+    lion = Optimizer(lambda *_, **__: pytest.fail("made"), ("lion_8bit",), states=1, scratch=2)
     monkeypatch.setitem(OPTIMIZERS, "lion", lion)
     monkeypatch.setitem(OPTIMIZERS, "lion_8bit", lion._replace(in_8_bits=True, smaller=()))
     assert memory.optimizer_bytes("lion", [4096, 4095]) == (4 * (4096 + 4095), 0)
     assert memory.optimizer_bytes("lion_8bit", [4096, 4095]) == (4096 + 4 * 16 + 4 * 4095, 0)
     assert [OPTIMIZERS[name].state_bytes for name in ("lion", "lion_8bit", "adamw", "paged_adamw_8bit")] == [4, 1, 8, 2]
+    moments = [memory.moments(seven(optimizer=name)) for name in ("lion", "adamw", "paged_adamw")]
+    assert [one.layer for found in moments for one in found if one.moment == "update"] == [
+        8 * 39_976_960,
+        4 * 39_976_960,
+        0,
+    ]
 
 
 def test_the_update_holds_one_more_copy(make_model):

@@ -6,7 +6,7 @@ Its weights are fp32. Knows no Trainer.
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from lit_qlora.model import lora_config
 from lit_qlora.model.base import Base
 from lit_qlora.model.fingerprint import fingerprint, shown
 from lit_qlora.model.shape import Shape, target_names
-from lit_qlora.storage.files import disk_error
+from lit_qlora.storage.files import disk_error, unreadable
 from lit_qlora.storage.folders import CARD, MANIFEST, DamagedFolderError, verify_folder
 from lit_qlora.storage.foreign import read_object
 from lit_qlora.storage.run import RECORD
@@ -272,7 +272,7 @@ def save_adapter(model: "PeftModel", base: Base, folder: Path, prompt_format: Pr
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """The base and prompt format recorded in an adapter folder; empty values for one made elsewhere.
+    """The base and prompt format recorded in an adapter folder; for one made elsewhere, what its files tell of both.
 
     Raises UserError if ``folder`` is no adapter, was altered, or has a prompt format unknown to this version.
     """
@@ -289,9 +289,9 @@ def read_record(folder: Path) -> dict[str, Any]:
                 problem=f"{error.problem}: the adapter was altered or cut short after it was saved",
                 remedy=f"take another one, or, if that was meant, delete its {MANIFEST}",
             ) from error
-    record = {"base": None, "base_fingerprint": None, **DEFAULT_FORMAT.record()}
+    record: dict[str, Any] = {"base": None, "base_fingerprint": None}
     if (folder / RECORD).is_file():
-        record |= read_object(folder / RECORD)
+        record |= DEFAULT_FORMAT.record() | read_object(folder / RECORD)
         for name in TEXTS:
             told = record.get(name)
             require(isinstance(told, str | None), name, "a text", told, place=f"{folder}: {RECORD}")
@@ -300,10 +300,20 @@ def read_record(folder: Path) -> dict[str, Any]:
                 f"its {RECORD} does not name its base: it was altered", place=folder, remedy=lora_config.REMEDY
             )
         _check_unaltered(folder, record, lora_config.REMEDY)
+    else:
+        told = config.get("base_model_name_or_path")
+        record["base"] = told if isinstance(told, str) and told.strip() else None
+        record |= chosen(_template_in(folder)).record()
     lora_config.check(folder, config)
     stored = stored_shapes(folder)
     lora_config.check_ranks(folder, config, stored)
-    elsewhere = next((name for name in sorted(stored) if ".lora_" in name and not PLACE.match(name)), None)
+    elsewhere = next((name for name in sorted(stored) if not PLACE.match(name)), None)
+    if elsewhere and ".lora_" not in elsewhere:
+        raise UserError(
+            f"it holds {elsewhere}, no weight of LoRA: added tokens and layers trained whole can't be used here",
+            place=folder,
+            remedy="if the base has the same, save it again with save_embedding_layers=False",
+        )
     if elsewhere:
         layer = elsewhere.partition(".lora_")[0].removeprefix("base_model.model.")
         if elsewhere.startswith(layer):
@@ -314,13 +324,36 @@ def read_record(folder: Path) -> dict[str, Any]:
             place=folder,
             remedy=f"expected linear layers of the decoder: {', '.join(Shape.LINEARS)}",
         )
-    from_record(record, folder, RECORD)
+    _format(record, folder)
     return record
 
 
 def read_format(adapter: Path) -> PromptFormat:
-    """The recorded prompt format of ``adapter``. Raises UserError as `read_record` does."""
-    return from_record(read_record(adapter), adapter, RECORD)
+    """The prompt format of ``adapter``: as recorded, else assumed: its tokenizer's chat template, or Llama 2's format.
+
+    Raises UserError as `read_record` does.
+    """
+    return _format(read_record(adapter), adapter)
+
+
+def _format(record: Mapping[str, Any], folder: Path) -> PromptFormat:
+    if record["base_fingerprint"]:
+        return from_record(record, folder, RECORD)
+    return replace(from_record(record, folder, "its tokenizer"), is_assumed=True)
+
+
+def _template_in(folder: Path) -> str | None:
+    """The chat template that another tool saved beside an adapter, with its tokenizer; None without any."""
+    alone, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    try:
+        if alone.is_file():
+            return alone.read_text(encoding="utf-8")
+    except (ValueError, OSError) as error:
+        raise UserError(f"{alone.name} can't be read: {unreadable(error)}", place=folder) from error
+    told = read_object(config, str(folder)).get("chat_template") if config.is_file() else None
+    if isinstance(told, list):  # of several: [{"name": …, "template": …}]
+        told = next((one.get("template") for one in told if isinstance(one, dict) and one.get("name") == "default"), "")
+    return told if isinstance(told, str) and told.strip() else None
 
 
 def _check_unaltered(folder: Path, expected: Mapping[str, Any], remedy: str | None = None) -> None:

@@ -58,12 +58,14 @@ class PromptFormat(ABC):
         system: the system text of conversations that bring none.
         tokens: of the tokenizer, once it is known; until then a format can be named and recorded, and little else.
         place: the record that it comes from, for messages; None: ``data.template`` and ``data.system``.
+        is_assumed: True if no record says that it is the one of training: another may be given instead.
     """
 
     source: str | None = None
     system: str | None = None
     tokens: SpecialTokens | None = None
     place: str | None = None
+    is_assumed: bool = False
 
     name: ClassVar[str]
     """Name in an adapter's record."""
@@ -168,6 +170,8 @@ class PromptFormat(ABC):
 
         Raises UserError if the text of another template is ``given``.
         """
+        if given is not None and self.is_assumed:
+            return given
         if given is not None and not self.is_given_by(given):
             raise UserError(
                 f"{name} was trained with {self.version}, and is given {chosen(given).version}",

@@ -14,7 +14,7 @@ from lit_qlora.errors import UserError
 from lit_qlora.model import lora
 from lit_qlora.model.base import check_targets
 from lit_qlora.model.fingerprint import fingerprint, shown
-from lit_qlora.model.lora import adapter_parameters, load_adapter, read_record
+from lit_qlora.model.lora import adapter_parameters, load_adapter, read_format, read_record
 from tests.model.test_load import DTYPES, LINEARS, linears_4bit, logits
 
 
@@ -222,9 +222,53 @@ def test_an_adapter_of_plain_peft_without_a_record(tiny, load, tmp_path):
         for weight in adapter_parameters(model).values():
             weight.normal_()
     model.save_pretrained(str(tmp_path), save_embedding_layers=False)
-    assert read_record(tmp_path) == {"base": None, "base_fingerprint": None, "prompt_format": "llama2-chat"}
+    assert read_record(tmp_path) == {"base": tiny.location, "base_fingerprint": None, "prompt_format": "llama2-chat"}
     loaded = load_adapter(load(), tiny, tmp_path, trainable=False)
     assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.fixture
+def foreign(saved, tmp_path):
+    """An adapter without a record, as other tools save it."""
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(saved[0] / name, tmp_path)
+    return tmp_path
+
+
+OWN = "{{ bos_token }}{% for message in messages %}{{ message.role }}: {{ message.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("chat_template.jinja", OWN),
+        ("tokenizer_config.json", json.dumps({"chat_template": OWN})),
+        ("tokenizer_config.json", json.dumps({"chat_template": [{"name": "default", "template": OWN}]})),
+    ],
+)
+def test_an_adapter_of_another_tool_brings_the_chat_template_of_its_tokenizer(foreign, file, text):
+    (foreign / file).write_text(text, encoding="utf-8")
+    found = read_format(foreign)
+    assert (found.source, found.is_assumed) == (OWN, True)
+    assert found.kept(None, "x") == OWN
+    assert found.kept("{{ another }}", "x") == "{{ another }}"  # it is no record of training's
+
+
+@pytest.mark.parametrize("text", ["{}", '{"chat_template": null}', '{"chat_template": [{"name": "rag"}]}'])
+def test_without_a_chat_template_the_llama_2_format_is_assumed(foreign, text):
+    (foreign / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    found = read_format(foreign)
+    assert (found.name, found.is_assumed) == ("llama2-chat", True)
+    assert found.kept("{{ another }}", "x") == "{{ another }}"
+
+
+def test_a_weight_that_is_no_lora_is_refused(foreign, expect_error):
+    """As peft saves embeddings with tokens added to them."""
+    stored = load_file(foreign / "adapter_model.safetensors")
+    save_file(stored | {"base_model.model.lm_head.weight": torch.ones(515, 64)}, foreign / "adapter_model.safetensors")
+    expect_error(
+        lambda: read_record(foreign), "base_model.model.lm_head.weight", "save_embedding_layers=False", place=foreign
+    )
 
 
 def refusal(model, base, folder):
@@ -293,8 +337,9 @@ def test_a_missing_weight(load, tiny, adapter, expect_refusal):
 
 
 def test_a_weight_too_many(load, tiny, adapter, expect_refusal):
-    edit_tensors(adapter, lambda tensors: tensors.update({"aaa": torch.ones(3)}))
-    expect_refusal(load(), tiny, adapter, "does not fit tiny-llama", "aaa is [3]", "no such weight")
+    name = "base_model.model.model.layers.7.mlp.up_proj.lora_A.weight"  # the base has two layers
+    edit_tensors(adapter, lambda tensors: tensors.update({name: torch.ones(4, 64)}))
+    expect_refusal(load(), tiny, adapter, "does not fit tiny-llama", f"{name} is [4, 64]", "no such weight")
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])

@@ -29,7 +29,7 @@ from lit_qlora.errors import UserError
 from lit_qlora.model.generate import Sampling
 from lit_qlora.text.conversation import Conversation, Turn
 from lit_qlora.tools.answering import terminal
-from lit_qlora.tools.answering.answerer import Answer, Answerer
+from lit_qlora.tools.answering.answerer import Answer, Answerer, choose_adapter
 from lit_qlora.tools.answering.dialog import Dialog
 from lit_qlora.tools.answering.streaming import TextStream
 from lit_qlora.tools.answering.terminal import Terminal, side_by_side
@@ -598,3 +598,18 @@ def test_a_sitting_at_a_terminal(here, user):
         assert len(load_tokenizer("demo")(answer["content"])["input_ids"]) < 300
     user.type(CTRL_D)
     assert user.status() == 0
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [(None, "the Llama 2 format is used; for another, put its chat_template.jinja"), ("{{ x }}", "chat template is")],
+)
+def test_an_adapter_without_a_record_names_base_and_prompts_by_its_own_files(trained, tmp_path, capsys, template, told):
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(trained / "adapter" / name, tmp_path)
+    if template:
+        (tmp_path / "chat_template.jinja").write_text(template, encoding="utf-8")
+    assert choose_adapter(adapter=str(tmp_path)).base.name == "demo"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "does not record its prompt format" in line
+    assert told in line

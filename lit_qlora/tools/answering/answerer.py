@@ -87,12 +87,18 @@ def choose_adapter(run: str | None = None, adapter: str | None = None, base: str
         raise UserError(f"{adapter} is given, and a run ({run}) too", option="adapter", remedy="give one of the two")
     require_adapter(Path(adapter))
     _say_imports()
-    from lit_qlora.model.lora import read_record
+    from lit_qlora.model.lora import read_format, read_record
 
     base = base or read_record(Path(adapter))["base"]
     if base is None:
         raise UserError(f"{adapter} does not name its base", option="adapter", remedy="give --base")
-    return ResolvedAdapter(_find(base), Path(adapter), None, _options(None))
+    chosen = ResolvedAdapter(_find(base), Path(adapter), None, _options(None))
+    prompts = read_format(chosen.adapter)
+    if prompts.is_assumed:  # on standard error, since an answer may be piped
+        other = f"{prompts.title} is used; for another, put its chat_template.jinja there"
+        used = "its tokenizer's chat template is used" if prompts.source else other
+        print(f"({adapter} does not record its prompt format: {used})", file=sys.stderr)
+    return chosen
 
 
 def _say_imports() -> None:

@@ -77,7 +77,8 @@ class LoraWeights:
         if self._config.get("lora_bias"):
             raise UserError(f"{folder} has lora_bias, and a merge adds to weights, not to biases", option="adapter")
         self._file = folder / WEIGHTS
-        self._keys = {_split_key(key): key for key in stored_shapes(folder)}
+        keys = stored_shapes(folder)  # peft's names, here by the base's name of the layer and the part of LoRA
+        self._keys = {key.removeprefix("base_model.model.").removesuffix(".weight"): key for key in keys}
 
     @property
     def targets(self) -> set[str]:
@@ -110,14 +111,6 @@ class LoraWeights:
 def _read(file: Path, name: str) -> Tensor:
     with safe_open(file, framework="pt") as tensors:
         return tensors.get_tensor(name)  # type: ignore[no-any-return]
-
-
-def _split_key(key: str) -> str:
-    """peft's key as the base's name of the layer and the part of LoRA."""
-    name = key.removeprefix("base_model.model.").removesuffix(".weight")
-    if name.rpartition(".")[2] not in ("lora_A", "lora_B", "lora_magnitude_vector"):
-        raise UserError(f"it holds {key}, which merge does not know", option="adapter")
-    return name
 
 
 def as_trained(weight: Tensor, dtype: torch.dtype) -> Tensor:

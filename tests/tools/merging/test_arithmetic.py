@@ -6,7 +6,6 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from lit_qlora.errors import UserError
 from lit_qlora.model.base import find_base
 from lit_qlora.model.load import load_base
 from lit_qlora.model.lora import save_adapter
@@ -105,15 +104,6 @@ def test_what_no_one_reads_is_left_out(tiny, tiny_folder, tmp_path):
 def test_layers_come_in_their_order(tiny):
     layers = [name.split(".")[2] for name in StoredWeights(tiny).names if ".layers." in name]
     assert layers == ["0"] * 9 + ["1"] * 9
-
-
-def test_a_weight_that_is_no_lora_is_refused(tiny, make_model, tmp_path):
-    folder = adapter_of(make_model(), tiny, tmp_path / "adapter")
-    stored = load_file(folder / "adapter_model.safetensors")
-    stored["base_model.model.model.norm.weight"] = torch.ones(64)
-    save_file(stored, folder / "adapter_model.safetensors")
-    with pytest.raises(UserError, match=r"it holds base_model.model\.model\.norm.weight, which merge does not know"):
-        LoraWeights(folder)
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}])

@@ -3,7 +3,6 @@
 `FORMS` is the one table of them: a new form is an entry there. Knows no file, no prompt format, no tokens.
 """
 
-import ast
 import json
 import re
 import shlex
@@ -11,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lit_qlora.errors import UserError, excerpt, suggestion
+from lit_qlora.storage.files import parse_list
 from lit_qlora.text import edges, guanaco, llama2_rows, messages
 from lit_qlora.text.conversation import Conversation, Turn
 from lit_qlora.wording import kind
@@ -244,18 +244,12 @@ def list_in(value: Any) -> Any:
     """The list that a text is: as JSON, or as pandas and numpy write one into a .csv; all else as it is."""
     if not isinstance(value, str):
         return value
-    for read in (json.loads, ast.literal_eval, _as_numpy_writes):
-        try:
-            found = read(value)
-        except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
-            continue
-        if isinstance(found, list):
-            return found
-    return value
+    found = parse_list(value) or parse_list(_as_python_writes(value))
+    return value if found is None else found
 
 
-def _as_numpy_writes(text: str) -> Any:
-    """An array's text has no commas between its parts, and ``nan`` for nothing; its repr has a name around it."""
+def _as_python_writes(text: str) -> str:
+    """``text`` of numpy's as Python's: lists without commas, ``nan`` for nothing, an array's name around its parts."""
     quoted = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\""""
     known = {"nan": "None", "array(": "", ", dtype=object)": ""}
     for others in (r"\bnan\b|\barray\(|, dtype=object\)", r"[}\]]\s+[{\[]"):
@@ -264,7 +258,7 @@ def _as_numpy_writes(text: str) -> Any:
             lambda found: found[1] or known.get(found[0], f"{found[0][0]}, {found[0][-1]}"),
             text.strip(),
         )
-    return ast.literal_eval(text)
+    return text
 
 
 def as_options(option: str, columns: Mapping[str, str]) -> str:

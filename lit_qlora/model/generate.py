@@ -4,14 +4,12 @@ Sampling itself is transformers' `generate`; padding, stop and seed are ours. Im
 `Sampling` describes options of the verbs that answer.
 """
 
-import ast
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lit_qlora.ranges import check_ranges
-from lit_qlora.storage.files import parse_json
+from lit_qlora.storage.files import parse_list
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -62,23 +60,10 @@ def stop_texts(given: str | Sequence[str]) -> tuple[str, ...]:
     """
     if not isinstance(given, str):
         return tuple(given)
-    told = _listed(given)
-    if any(isinstance(text, str) for text in told):
-        return told
+    listed = parse_list(given) or ()
+    if any(isinstance(text, str) for text in listed):
+        return tuple(listed)
     return (given.replace("\\n", "\n"),) if given else ()
-
-
-def _listed(text: str) -> tuple[Any, ...]:
-    """What the list holds that a text spells, as JSON or as Python does; of any other text, nothing."""
-    with warnings.catch_warnings(action="ignore"):  # of a backslash that Python has no meaning for
-        for read in (parse_json, ast.literal_eval):
-            try:
-                told = read(text)
-            except (ValueError, SyntaxError, MemoryError, RecursionError):
-                continue
-            if isinstance(told, list):
-                return tuple(told)
-    return ()
 
 
 def generate(

@@ -5,6 +5,7 @@ A file is written aside, synced and renamed; folder syncs and file modes are ski
 (Google Drive). Knows nothing of what the files hold.
 """
 
+import ast
 import errno
 import json
 import os
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from warnings import catch_warnings
 
 from lit_qlora.errors import UserError, excerpt, one_line
 
@@ -175,6 +177,17 @@ def parse_json(text: str | bytes, **options: Any) -> Any:
         return json.loads(text, **options)
     except (ValueError, RecursionError) as error:
         raise ValueError(unreadable(error)) from error
+
+
+def parse_list(text: str) -> list[Any] | None:
+    """The list that a text spells, as JSON or as Python writes one; None for any other text."""
+    for read in (parse_json, ast.literal_eval):
+        # Of a backslash without a meaning, Python warns.
+        with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError), catch_warnings(action="ignore"):
+            found = read(text)
+            if isinstance(found, list):
+                return found
+    return None
 
 
 def unreadable(error: Exception) -> str:

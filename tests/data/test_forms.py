@@ -122,6 +122,10 @@ def test_a_list_is_read_as_json_pandas_and_numpy_write_it(written):
     assert read == (said(*(turn["content"] for turn in AWKWARD)), (), (), ())
 
 
+def test_a_list_with_a_backslash_that_means_nothing_is_read_without_a_warning():
+    assert list_in(r"['\d', 'b']") == [r"\d", "b"]
+
+
 @pytest.mark.parametrize("words", ["hello", "{'role': 'user'}", "[" * 100_000, "[__import__('os')]", "[1", ""])
 def test_a_text_that_is_no_list_stays_one(words):
     assert list_in(words) in (words, None)

@@ -396,7 +396,7 @@ class QLoRACLI(LightningCLI):
             saved = f"{self.run.path} is saved up to step {steps[-1]}" if steps else "nothing was saved"
             error.add_note(f"{saved}: the same command, once that is mended, {'resumes' if steps else 'begins anew'}")
             raise
-        if not self.report.was_told:  # killed between its last save and its end: Lightning sees nothing left to do
+        if not self.report.has_ended:  # killed between its last save and its end: Lightning sees nothing left to do
             self.checkpoints.on_train_end(self.trainer, model)
             self.report.on_train_end(self.trainer, model)
         if self.checkpoints.failures:

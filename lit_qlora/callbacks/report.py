@@ -65,7 +65,7 @@ class Report(Callback):
         self.forecast_gib: float | None = None
         self._lines: list[list[str]] = []
         self._started = datetime.now(UTC).isoformat(timespec="seconds")
-        self.was_told = False
+        self.has_ended = False
         """True if the end was reached; a run killed between its last save and its end starts at the end."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -135,7 +135,7 @@ class Report(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print before and after, and the adapter's path; record the end of a finished run."""
-        self.was_told = True
+        self.has_ended = True
         if not trainer.is_global_zero:
             return
         for logger in trainer.loggers:

@@ -190,7 +190,7 @@ class ChatDataModule(LightningDataModule):
             train, held_out = parts.train_and_held_out()
             notes = self.notes["train"]
             notes += [f"not read of {name}: {', '.join(unread)}" for name, unread in parts.unread().items()]
-            notes += [f"{splits.source}: {splits.told}" for splits in parts.splits.values() if splits.told]
+            notes += [f"{splits.source}: {splits.note}" for splits in parts.splits.values() if splits.note]
             if self.num_workers > num_cores():
                 notes.append(f"{num_cores()} of {self.num_workers:,} num_workers, for there are no more cores")
             if self.validation_share != SHARE and not parts.draws():

@@ -313,8 +313,8 @@ def _apart(
         remedy = f"give others with data.{part}_source, or put others there"
         raise UserError(f"{problem} about new ones", option=option, remedy=remedy)
     which = "test" if part == "test" else "held-out"
-    told = {f"{which} conversations, of {number:,}, in training too": count} if count else {}
-    return replace(records, dropped=told | records.dropped)
+    doubled = {f"{which} conversations, of {number:,}, in training too": count} if count else {}
+    return replace(records, dropped=doubled | records.dropped)
 
 
 def _draw(records: Records, share: float, seed: int) -> set[Conversation]:

@@ -297,9 +297,9 @@ def _named_for_training(rows: list[Row]) -> tuple[list[Row], dict[str, int], lis
             ]
             files = " and ".join(f"{kind}.jsonl" for kind in others)
             what = f"rows left out: column {column!r} says {' or '.join(others)} (to score them, put them into {files}"
-            told = {f"{what} beside train.jsonl, and give the folder)": len(rows) - len(kept)}
+            unused = {f"{what} beside train.jsonl, and give the folder)": len(rows) - len(kept)}
             lost = [(row.where, kind) for row, kind in zip(rows, kinds, strict=True) if kind in others]
-            return kept, told, [LeftOut(where, f"column {column!r} says {kind}") for where, kind in lost]
+            return kept, unused, [LeftOut(where, f"column {column!r} says {kind}") for where, kind in lost]
     return rows, {}, []
 
 

@@ -51,7 +51,7 @@ class Splits:
         unread: what else it holds that looks like rows: other splits, or files.
         beside: of a file or folder named for training, those named for other splits, which stand in the same folder.
         is_chosen: whether the source itself names the split, which is the training rows then.
-        told: of a pattern, which of its files are the training rows, in words.
+        note: of a pattern, which of its files are the training rows, in words.
     """
 
     source: str
@@ -59,7 +59,7 @@ class Splits:
     unread: tuple[str, ...] = ()
     beside: tuple[Path, ...] = ()
     is_chosen: bool = False
-    told: str = ""
+    note: str = ""
 
     def without(self, taken: Collection[str | None]) -> "Splits":
         """The same without the splits called ``taken`` beside its training rows."""
@@ -198,7 +198,7 @@ def _whole_kind(path: Path) -> str | None:
     return name.kind if {*name.others} <= SAY_NOTHING else _name_of(path.parent).exact
 
 
-def told_of(files: Mapping[str, list[Path]]) -> str:
+def note_of(files: Mapping[str, list[Path]]) -> str:
     """What there is to know of a pattern's files: how many train, which of them look held-out, which part is not there.
 
     It may be meant so, unlike in a folder: a pattern can ask for some of the parts.

@@ -137,10 +137,10 @@ def stop_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     Raises UserError where that file can't be read.
     """
     file = file_of(tokenizer.name_or_path, "generation_config.json")
-    told = read_object(file).get("eos_token_id") if file else None
+    stated = read_object(file).get("eos_token_id") if file else None
     special = [*special_tokens(tokenizer)]
     wrong = [tokenizer.bos_token_id, tokenizer.unk_token_id]  # as early conversions of Llama have it
-    return [one for one in (told if isinstance(told, list) else [told]) if one in special and one not in wrong]
+    return [one for one in (stated if isinstance(stated, list) else [stated]) if one in special and one not in wrong]
 
 
 def _load(base: str, kind: str = "AutoTokenizer", **changes: bool) -> "PreTrainedTokenizerBase":
@@ -148,9 +148,9 @@ def _load(base: str, kind: str = "AutoTokenizer", **changes: bool) -> "PreTraine
     import transformers
 
     location = str(demo.BASE) if base == "demo" else base
-    told: dict[str, Any] = {}
+    stated: dict[str, Any] = {}
     try:
-        told = _check_config(base, location)
+        stated = _check_config(base, location)
         tokenizer: PreTrainedTokenizerBase = getattr(transformers, kind).from_pretrained(
             location,
             # As of every base; what its config.json says else is not asked.
@@ -162,7 +162,7 @@ def _load(base: str, kind: str = "AutoTokenizer", **changes: bool) -> "PreTraine
     except UserError:
         raise
     except Exception as error:  # its files come from anywhere, and the library assumes that it wrote them
-        _check_not_empty(base, told.get)
+        _check_not_empty(base, stated.get)
         if "trust_remote_code" in str(error):
             problem = "is code of its own, and code that comes with a base is never run"
             raise _wrong(base, problem, "take a copy whose tokenizer is one of the library") from error
@@ -185,13 +185,13 @@ def _check_config(base: str, location: str) -> dict[str, Any]:
         return {}
     place = f"no tokenizer could be loaded from {excerpt(base)}"
     try:
-        told = read_object(file, place)
+        stated = read_object(file, place)
         for key, kind in KEYS.items():
-            if key in told:
-                check(f"{place}: tokenizer_config.json", key, kind, told[key])
+            if key in stated:
+                check(f"{place}: tokenizer_config.json", key, kind, stated[key])
     except UserError as error:
         raise error.within("model.base") from error
-    return told
+    return stated
 
 
 def _check_not_empty(base: str, token_of: Callable[[str], Any]) -> None:

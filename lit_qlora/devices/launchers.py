@@ -68,13 +68,13 @@ def requeue() -> None:
     print(f"   run  SLURM starts job {job} again", flush=True)
 
 
-def _was_asked(told: str, number: str) -> bool:
-    """True if a job's user asked for it to be requeued; ``told`` is what ``scontrol show job`` says.
+def _was_asked(shown: str, number: str) -> bool:
+    """True if a job's user asked for it to be requeued; ``shown`` is what ``scontrol show job`` says.
 
     On most clusters that has ``Requeue=1`` for every job: the request is in the batch script, in the command that
     submitted it, or in the environment that sbatch reads.
     """
-    if "Requeue=1" not in told.split():
+    if "Requeue=1" not in shown.split():
         return False
     if "SBATCH_REQUEUE" in os.environ:
         return True
@@ -83,7 +83,7 @@ def _was_asked(told: str, number: str) -> bool:
     except subprocess.SubprocessError:  # none: not submitted by sbatch
         script = []
     head = takewhile(lambda line: not line.strip() or line.startswith("#"), script)  # as far as sbatch reads
-    asked = [*(line for line in head if line.startswith("#SBATCH")), *re.findall(r"SubmitLine=(.*)", told)]
+    asked = [*(line for line in head if line.startswith("#SBATCH")), *re.findall(r"SubmitLine=(.*)", shown)]
     return any("--requeue" in line.split() for line in asked)
 
 

@@ -131,21 +131,21 @@ def read_config(name: str, file: Path) -> dict[str, Any]:
 
 
 def _read_config(name: str, file: Path) -> dict[str, Any]:
-    told = read_object(file, name)
+    stated = read_object(file, name)
     place = f"{name}: config.json"
-    model_type = told["model_type"] if isinstance(told.get("model_type"), str) else "model of unknown type"
+    model_type = stated["model_type"] if isinstance(stated.get("model_type"), str) else "model of unknown type"
     if model_type not in ARCHITECTURES:
         raise UserError(
             f"{name} is a {shown(model_type)[1:-1]} by the model_type of its config.json, expected one of "
             f"{', '.join(ARCHITECTURES)} (text models that compute as Llama does, without experts)"
         )
     architecture = ARCHITECTURES[model_type]
-    classes = told.get("architectures") or [architecture.class_name]
+    classes = stated.get("architectures") or [architecture.class_name]
     known_classes = {architecture.class_name, *architecture.aliases}
     if not (isinstance(classes, list) and known_classes & {*map(str, classes)}):
         raise wrong(place, "architectures", f'["{architecture.class_name}"]', classes)
     optional = OPTIONAL | dict(architecture.keys)
-    config = {key: told[key] for key in (*SIZES, *optional) if told.get(key) is not None}
+    config = {key: stated[key] for key in (*SIZES, *optional) if stated.get(key) is not None}
     for key, kind in SIZES.items():
         if key not in config:
             raise UserError(f"{place} has no {key}")
@@ -158,7 +158,7 @@ def _read_config(name: str, file: Path) -> dict[str, Any]:
         if key in config:
             check(place, key, kind, config[key])
     missing = {key: value for key, value in architecture.defaults.items() if key not in config}
-    config |= {key: None if key in told and key in NULL else value for key, value in missing.items()}
+    config |= {key: None if key in stated and key in NULL else value for key, value in missing.items()}
     known = {"model_type": model_type, "architectures": [architecture.class_name]} | config
     _check_heads(place, known)
     _check_rope(place, known)
@@ -187,13 +187,13 @@ def _check_rope(place: str, config: Mapping[str, Any]) -> None:
     check(place, f"{key}.rope_type", one_of(*ropes), kind)
     if kind == "dynamic" and head_width_of(config) == 2:
         raise wrong(place, f"{key}.rope_type", "another one for heads of width 2", kind)
-    told = {**members, **(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    stated = {**members, **(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     for member, value_kind in (ropes[kind].needed | ropes[kind].allowed | _OF_EACH_ROPE).items():
         if member in ropes[kind].needed and member not in members:
             raise UserError(f"{key} has no {member}, and {kind} needs it: {value_kind.expected}", place=place)
-        if told.get(member) is not None:
-            check(place, f"{key}.{member}", value_kind, told[member])
-    for member, value in told.items():  # one unknown to its kind has no effect, but nested ones are per layer
+        if stated.get(member) is not None:
+            check(place, f"{key}.{member}", value_kind, stated[member])
+    for member, value in stated.items():  # one unknown to its kind has no effect, but nested ones are per layer
         parts = value if isinstance(value, list) else [value]
         if any(isinstance(part, dict | list) for part in parts):
             raise wrong(place, f"{key}.{member}", "a plain value, for all layers rotate alike", value)
@@ -202,20 +202,20 @@ def _check_rope(place: str, config: Mapping[str, Any]) -> None:
         raise wrong(place, f"{key}.high_freq_factor", f"more than low_freq_factor ({low})", members["high_freq_factor"])
 
 
-def _quantization(name: str, place: str, told: Any) -> dict[str, Any]:
+def _quantization(name: str, place: str, stated: Any) -> dict[str, Any]:
     """Check that a quantization_config is bitsandbytes' 4 bits. The rest is read off the weights."""
-    check(place, "quantization_config", OBJECT, told)
-    method = told.get("quant_method") or ("bitsandbytes" if told.get("load_in_4bit") else "in an unknown way")
-    if method != "bitsandbytes" or told.get("load_in_8bit") or told.get("load_in_4bit") is not True:
+    check(place, "quantization_config", OBJECT, stated)
+    method = stated.get("quant_method") or ("bitsandbytes" if stated.get("load_in_4bit") else "in an unknown way")
+    if method != "bitsandbytes" or stated.get("load_in_8bit") or stated.get("load_in_4bit") is not True:
         raise UserError(
             f"{name} is already quantised ({shown(method).strip(chr(34))}), by the "
             "quantization_config of its config.json",
             remedy="give the 16-bit weights or a bitsandbytes 4-bit copy",
         )
-    levels, storage = told.get("bnb_4bit_quant_type") or "nf4", told.get("bnb_4bit_quant_storage") or "uint8"
+    levels, storage = stated.get("bnb_4bit_quant_type") or "nf4", stated.get("bnb_4bit_quant_storage") or "uint8"
     check(place, "quantization_config.bnb_4bit_quant_type", one_of("nf4", "fp4"), levels)
     check(place, "quantization_config.bnb_4bit_quant_storage", one_of("uint8"), storage)
-    nested = told.get("bnb_4bit_use_double_quant") or False
+    nested = stated.get("bnb_4bit_use_double_quant") or False
     check(place, "quantization_config.bnb_4bit_use_double_quant", FLAG, nested)
     return {
         "quant_method": "bitsandbytes",

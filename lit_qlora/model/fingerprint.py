@@ -54,9 +54,9 @@ def fingerprint(base: Base) -> str:
     """
     own = _sampled(base)
     file = stored_file(base, ORIGINAL)
-    told = object_in(file) if file else {}
+    stated = object_in(file) if file else {}
     # A copy whose weights were altered since does not count as one.
-    return str(told["of"]) if told.get("own") == own and isinstance(told.get("of"), str) else own
+    return str(stated["of"]) if stated.get("own") == own and isinstance(stated.get("of"), str) else own
 
 
 def write_original(folder: Path, copy: Base, base: Base) -> None:
@@ -67,8 +67,8 @@ def write_original(folder: Path, copy: Base, base: Base) -> None:
         copy: that stands for it.
         base: that it was made from.
     """
-    told = {"of": fingerprint(base), "own": _sampled(copy)}
-    (folder / ORIGINAL).write_text(json.dumps(told, indent=2), encoding="utf-8")
+    stated = {"of": fingerprint(base), "own": _sampled(copy)}
+    (folder / ORIGINAL).write_text(json.dumps(stated, indent=2), encoding="utf-8")
 
 
 def shown(recorded: str) -> str:
@@ -94,8 +94,8 @@ def _sampled(base: Base) -> str:
     merged = stored_file(base, RECORD)  # a merged model's norms are its parent's
     kind = "4bit" if base.in_4_bits else "full"
     whole = hashlib.sha256(f"{rules} {plain} {linear}".encode()).hexdigest()
-    told = hashlib.sha256(f"{rules} {plain} {object_in(merged) if merged else ''}".encode()).hexdigest()
-    return "-".join((VERSION, kind, whole[:32], told[:32]))
+    rest = hashlib.sha256(f"{rules} {plain} {object_in(merged) if merged else ''}".encode()).hexdigest()
+    return "-".join((VERSION, kind, whole[:32], rest[:32]))
 
 
 @lru_cache(maxsize=16)

@@ -293,8 +293,8 @@ def read_record(folder: Path) -> dict[str, Any]:
     if (folder / RECORD).is_file():
         record |= DEFAULT_FORMAT.record() | read_object(folder / RECORD)
         for name in TEXTS:
-            told = record.get(name)
-            require(isinstance(told, str | None), name, "a text", told, place=f"{folder}: {RECORD}")
+            stated = record.get(name)
+            require(isinstance(stated, str | None), name, "a text", stated, place=f"{folder}: {RECORD}")
         if not record["base"] or not record["base_fingerprint"]:
             raise UserError(
                 f"its {RECORD} does not name its base: it was altered", place=folder, remedy=lora_config.REMEDY

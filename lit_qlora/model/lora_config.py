@@ -105,13 +105,13 @@ def check(folder: Path, config: Mapping[str, Any]) -> None:
     for name, value in config.items():
         if name in WITHOUT_EFFECT or value is None:
             continue
-        told = f"adapter_config.json has {cut(name)} {shown(value)}"
+        has = f"adapter_config.json has {cut(name)} {shown(value)}"
         if name in COMPUTED:
             if not COMPUTED[name].holds(value):
-                raise UserError(f"{told}, expected {COMPUTED[name].expected}", place=folder)
+                raise UserError(f"{has}, expected {COMPUTED[name].expected}", place=folder)
         elif value not in (False, "", [], {}, *HARMLESS.get(name, ())):
             why = REFUSED.get(name, "this version does not know it")
-            raise UserError(f"{told}, which can't be used here: {why}", place=folder)
+            raise UserError(f"{has}, which can't be used here: {why}", place=folder)
 
 
 def check_ranks(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
@@ -193,8 +193,8 @@ def _check_patterns(folder: Path, config: Mapping[str, Any]) -> None:
             check=True,
         )
     except subprocess.TimeoutExpired as error:
-        told = cut(" ".join(shown for shown, _ in patterns))
-        raise UserError(f"{what} takes too long to match: {told}", place=folder, remedy="give names") from error
+        those = cut(" ".join(shown for shown, _ in patterns))
+        raise UserError(f"{what} takes too long to match: {those}", place=folder, remedy="give names") from error
     if done.stdout:
         raise UserError(f"{what} is none: {cut(done.stdout.strip())}", place=folder, remedy=REMEDY)
 

@@ -66,12 +66,12 @@ def read_object(file: Path, place: str | None = None) -> dict[str, Any]:
             raise UserError(f"{name} is a folder, a pipe or a device, expected a file", place=place)
         if file.stat().st_size > LARGEST_FILE:
             raise UserError(f"{name} has {file.stat().st_size:,} bytes, expected at most {LARGEST_FILE:,}", place=place)
-        told = parse_json(file.read_text(encoding="utf-8"))
+        found = parse_json(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise UserError(f"{name} can't be read: {unreadable(error)}", place=place, remedy=ANEW) from error
-    if not isinstance(told, dict):
-        raise UserError(f"{name}: expected a JSON object, got {shown(told)}", place=place, remedy=ANEW)
-    return told
+    if not isinstance(found, dict):
+        raise UserError(f"{name}: expected a JSON object, got {shown(found)}", place=place, remedy=ANEW)
+    return found
 
 
 def object_in(file: Path) -> dict[str, Any]:

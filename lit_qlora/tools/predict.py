@@ -124,7 +124,7 @@ def _answer_all(
 ) -> list[tuple[str, bool]]:
     """Text and whether it ended by itself, for each prompt in order; saves each batch as it is finished."""
     batches = batches_by_length([len(prompt) for prompt in ids], batch_size)
-    answered, told = sum(len(batches[number]) for number in done), time.monotonic()
+    answered, said_at = sum(len(batches[number]) for number in done), time.monotonic()
     if answered:
         tell(f"{answered} of {len(ids)} were answered before: resuming")
     with progress_bar("answers", total=len(ids), initial=answered) as bar:
@@ -136,9 +136,9 @@ def _answer_all(
             unfinished.add(number, done[number])
             bar.update(len(places))
             answered += len(places)
-            if bar.disable and time.monotonic() - told >= SECONDS_BETWEEN_LINES:  # no terminal: a line now and then
+            if bar.disable and time.monotonic() - said_at >= SECONDS_BETWEEN_LINES:  # no terminal: a line now and then
                 complain(f"{answered} of {len(ids)} answered")
-                told = time.monotonic()
+                said_at = time.monotonic()
     by_place = dict(zip(chain(*batches), chain(*(done[number] for number in range(len(batches)))), strict=True))
     return [by_place[place] for place in range(len(ids))]
 

@@ -337,8 +337,8 @@ def test_a_pattern_s_files_for_other_splits_are_not_trained_on(files, held_out):
 def test_a_pattern_tells_which_files_it_trains_on(files, told):
     for name in files:
         write(name)
-    assert find_splits("**/*.jsonl").told == told
-    assert find_splits(files[0]).told == find_splits("demo").told == ""
+    assert find_splits("**/*.jsonl").note == told
+    assert find_splits(files[0]).note == find_splits("demo").note == ""
 
 
 def test_a_pattern_is_its_files():

@@ -15,16 +15,12 @@ from lit_qlora.forecast.foresee import foresee, together_on_host
 from lit_qlora.model.graphs import padded
 from lit_qlora.model.optimizer import forget
 
+ON_CPU = False
+"""True in tests: on a CPU, running out of memory would end the process before it could take less."""
+
 
 class WarmupStep(Callback):
-    """A callback that runs forward, backward, update and evaluation of the largest micro-batch before the first one.
-
-    Args:
-        on_cpu: True to run on a CPU too, where running out of memory ends the process.
-    """
-
-    def __init__(self, on_cpu: bool = False) -> None:
-        self.on_cpu = on_cpu
+    """A callback that runs forward, backward, update and evaluation of the largest micro-batch before the first one."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Run the step. If memory runs out, the module takes less, as it would later."""
@@ -34,7 +30,7 @@ class WarmupStep(Callback):
             module.together = lowest(together_on_host(module, data, trainer))
             if module.together > 1:
                 trainer.print(f"{module.together} micro-batches of a step go through a layer together")
-            if not self.on_cpu:
+            if not ON_CPU:
                 return
         forecast = foresee(module, data, trainer)
         if forecast:

@@ -52,7 +52,10 @@ def steps(sizes: Sequence[int], at_once: int) -> Iterable[Sequence[int]]:
 def efficiency(sizes: Sequence[int], at_once: int, num_devices: int) -> float:
     """The share, up to 1, of the devices' time in which they compute: each step waits for its slowest device.
 
-    Args: as of `deal_steps`.
+    Args:
+        sizes: tokens of each micro-batch, padding counted.
+        at_once: micro-batches that are dealt at a time.
+        num_devices: they are shared by.
     """
     if num_devices == 1:
         return 1.0

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from lit_qlora.callbacks import warmup
-from lit_qlora.callbacks.warmup import WarmupStep
 from lit_qlora.cli import main
 from lit_qlora.forecast import foresee, memory
 from lit_qlora.model import graphs, hidden
@@ -38,7 +37,7 @@ def test_nothing_of_the_trial_stays(tmp_path, monkeypatch, seen, optimizer):
     monkeypatch.chdir(tmp_path)
     finished = {}
     for on_cpu in (False, True):
-        monkeypatch.setattr(WarmupStep.__init__, "__defaults__", (on_cpu,))
+        monkeypatch.setattr(warmup, "ON_CPU", on_cpu)
         seen.clear()
         assert main([*SHORT, "--run", f"./run-{on_cpu}", "--model.optimizer", optimizer]) == 0
         finished[on_cpu] = (
@@ -59,7 +58,7 @@ def test_on_a_resume_the_optimizers_state_stays(tmp_path, monkeypatch, seen):
     monkeypatch.chdir(tmp_path)
     ends = []
     for on_cpu in (False, True):
-        monkeypatch.setattr(WarmupStep.__init__, "__defaults__", (on_cpu,))
+        monkeypatch.setattr(warmup, "ON_CPU", on_cpu)
         run = ["--run", f"./run-{on_cpu}", "--trainer.max_epochs", "1", "--model.schedule", "constant"]
         assert main([*SHORT, *run, "--trainer.max_steps", "2"]) == 0
         assert main([*SHORT, *run, "--trainer.max_steps", "4"]) == 0
@@ -69,7 +68,7 @@ def test_on_a_resume_the_optimizers_state_stays(tmp_path, monkeypatch, seen):
 
 def test_memory_that_runs_out_in_the_trial_is_told_before_the_first_step(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(WarmupStep.__init__, "__defaults__", (True,))
+    monkeypatch.setattr(warmup, "ON_CPU", True)
     real = QLoRAModule.summed_loss
 
     def short_of_memory(self, batch):
@@ -89,7 +88,7 @@ def test_memory_that_runs_out_in_the_trial_is_told_before_the_first_step(tmp_pat
 def test_recordings_know_how_often_each_shape_is_left(tmp_path, monkeypatch):
     """Two steps of 2 micro-batches, by the shares of an epoch; and as many, of 4, in the resumed run."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(WarmupStep.__init__, "__defaults__", (True,))
+    monkeypatch.setattr(warmup, "ON_CPU", True)
     monkeypatch.setattr(graphs, "_record", lambda run, pool: SimpleNamespace(replay=torch.enable_grad()(run)))
     step = SimpleNamespace(uses_cuda_graphs=True, kept_layers=0, hosted_layers=0, dequantised_layers=0, together=1)
     batches = SimpleNamespace(shapes=Counter({(4, 64): 12, (4, 96): 4}))

@@ -227,6 +227,8 @@ class QLoRAModule(LearnsInParts):
         """
         dtype, device = self._place()
         if self.model is not None and self._loaded_for in (None, (dtype, device.type)):
+            if self._attached and self.trainer.state.fn == "fit":
+                self.train()  # a validation that was interrupted leaves no dropout, and nothing recomputed
             return
         if self._attached and self.trainer.state.fn == "fit" and device.type != "cuda":
             require(self.cuda_graphs is not True, "model.cuda_graphs", "auto or false without a GPU", True)
@@ -514,6 +516,9 @@ class QLoRAModule(LearnsInParts):
         if self.shards:
             self.shards.count(batch.device)
         loss_sum, num_correct, num_answers = self.summed_loss(batch) if batch.is_here else self.nothing()
+        if batch_idx == 0:  # of what a validation left that was interrupted, or was in inference mode
+            for metric in (self.held_out_loss, self.held_out_correct, self.held_out_tokens):
+                metric.reset()
         self.held_out_loss.update(loss_sum.double())
         self.held_out_correct.update(num_correct)
         self.held_out_tokens.update(num_answers)
@@ -531,9 +536,9 @@ class QLoRAModule(LearnsInParts):
     def _log_held_out(self, prefix: str) -> None:
         if self.shards:
             self.shards.keep_pace(backward=False)
-        sums = self.held_out_loss, self.held_out_correct, self.held_out_tokens
         if not self.held_out_tokens.update_called:  # a subclass may score in a way of its own
             return
+        sums = self.held_out_loss, self.held_out_correct, self.held_out_tokens
         loss_sum, num_correct, tokens = (metric.compute() for metric in sums)
         loss = loss_sum / tokens
         self._log(
@@ -543,8 +548,6 @@ class QLoRAModule(LearnsInParts):
                 f"{prefix}/accuracy": num_correct / tokens,
             }
         )
-        for metric in sums:
-            metric.reset()
 
     def _log(self, figures: Mapping[str, Tensor]) -> None:
         """Log by Lightning's own logging. In a run, callbacks log all figures of a step at once."""

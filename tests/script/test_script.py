@@ -150,6 +150,23 @@ def test_a_validation_returns_its_figures_and_a_test_does():
     assert lightning.test(built, rows, verbose=False)[0].keys() == {"test/loss", "test/perplexity", "test/accuracy"}
 
 
+def test_a_validation_before_or_one_that_was_interrupted_is_no_part_of_the_next():
+    """As in a notebook, cell by cell: a fit ended in a traceback, and the figure after it was twice the loss."""
+
+    class Interrupt(Callback):
+        def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            raise ZeroDivisionError
+
+    built, rows = module(dropout=0.5), data()
+    first = trainer().validate(built, rows, verbose=False)
+    with pytest.raises(ZeroDivisionError):
+        trainer(callbacks=[Interrupt()]).validate(built, rows, verbose=False)
+    assert trainer().validate(built, rows, verbose=False) == first
+    assert not built.model.training
+    trainer(num_sanity_val_steps=1).fit(built, rows)  # warned of modules in eval mode, too
+    assert all(part.training for part in built.modules() if isinstance(part, torch.nn.Dropout))
+
+
 def test_early_stopping_and_checkpoints_find_the_held_out_loss(here):
     best = ModelCheckpoint(here, monitor="val/loss")
     early = EarlyStopping("val/loss", patience=1, min_delta=100.0)

@@ -4,7 +4,7 @@ Those of the command line are checked before. Does not know what any argument me
 """
 
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from functools import wraps
 from inspect import Parameter, signature
@@ -22,7 +22,7 @@ _LISTS = {str: "texts", int: "whole numbers", float: "numbers"}
 
 
 def checked_arguments(
-    section: str = "", paths: Collection[str] = ()
+    section: str = "", paths: Collection[str] = (), remedies: Mapping[str, str] | None = None
 ) -> Callable[[Callable[P, None]], Callable[P, None]]:
     """Check the arguments of an ``__init__`` against its annotations, and the rules of `ranges`.
 
@@ -32,6 +32,7 @@ def checked_arguments(
     Args:
         section: section of the options, such as ``model``; empty for none.
         paths: arguments that may be given as a path.
+        remedies: what to do about an argument of another type, by its name, where the type alone does not say it.
 
     Returns:
         A decorator; the decorated constructor raises UserError for an argument of another type or out of range, naming
@@ -59,7 +60,7 @@ def checked_arguments(
                     raise UserError(
                         f"expected {expected}, got {_shown(value)}",
                         option=before + name,
-                        remedy=meant(value, choices_of(parameter.annotation)),
+                        remedy=meant(value, choices_of(parameter.annotation)) or (remedies or {}).get(name),
                     ) from None
             defaults = {name: one.default for name, one in parameters.items() if one.default is not Parameter.empty}
             check_ranges({before + name: value for name, value in (defaults | bound.arguments).items()})

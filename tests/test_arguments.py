@@ -78,6 +78,7 @@ WRONG = [
     (QLoRAModule, "model.compile", "yes", "true or false or auto"),
     (ChatDataModule, "data.source", 3, "a text or a path or a list of values or a table, got 3"),
     (ChatDataModule, "data.source", [3], "got [3]"),
+    (ChatDataModule, "data.validation_source", iter([{"text": "a"}]), "for rows themselves, write them to a file"),
     (ChatDataModule, "data.columns", ["a"], "a table or none, got ['a']"),
     (ChatDataModule, "data.train_on", "x", "answers, all"),
     (ChatDataModule, "data.form", None, "sharegpt"),

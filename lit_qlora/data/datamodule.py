@@ -25,7 +25,7 @@ from lit_qlora.data.forms import Form
 from lit_qlora.data.held_out import Parts
 from lit_qlora.data.records import Reading, Records
 from lit_qlora.data.run_rows import RunRows, digest
-from lit_qlora.data.sources import SourceOption, are_here, as_text, paths_of, sources_of
+from lit_qlora.data.sources import ROWS_THEMSELVES, SOURCES, SourceOption, are_here, as_text, paths_of, sources_of
 from lit_qlora.data.templates import instead_of, read_template, template_of_base
 from lit_qlora.data.tokenizer import load_tokenizer, template_beside
 from lit_qlora.data.view import SHORT_AMONG, example_lines
@@ -78,7 +78,7 @@ class ChatDataModule(LightningDataModule):
         seed: of the order and of the held-out share; the command line takes it from ``seed_everything``.
     """
 
-    @checked_arguments("data", paths=("source", "validation_source", "test_source", "template", "tokenizer"))
+    @checked_arguments("data", (*SOURCES, "template", "tokenizer"), remedies=dict.fromkeys(SOURCES, ROWS_THEMSELVES))
     def __init__(
         self,
         source: SourceOption = "demo",

@@ -78,7 +78,10 @@ class Source:
         return f"{self} ({split})" if split != "train" else str(self)
 
 
+SOURCES = ("source", "validation_source", "test_source")
+"""The options of a `ChatDataModule` that take sources."""
 KEYS = ("path", "name", "split", "revision", "share", "columns")
+ROWS_THEMSELVES = "for rows themselves, write them to a file as JSON lines, and name that"
 
 
 def sources_of(value: Any, option: str = "data.source") -> tuple[Source, ...]:
@@ -137,9 +140,7 @@ def _source(value: Any, option: str) -> Source:
     for key in value:
         if key not in KEYS:
             known = f"expected {', '.join(KEYS)}{suggestion(str(key), [*KEYS])}"
-            remedy = (
-                None if "path" in value else "for rows themselves, write them to a file as JSON lines, and name that"
-            )
+            remedy = None if "path" in value else ROWS_THEMSELVES
             raise UserError(f"{excerpt(key)} is unknown, {known}", option=option, remedy=remedy)
     if not isinstance(value.get("path"), str):
         raise UserError(f"has no path, got {excerpt(value)}", option=option, remedy="say which file, folder or hub id")
@@ -320,7 +321,7 @@ def check_sources(options: Mapping[str, Any]) -> None:
 
     A list of sources that is still a text is passed.
     """
-    for name in ("source", "validation_source", "test_source"):
+    for name in SOURCES:
         value = options.get(name)
         if value and not (isinstance(value, str) and value.lstrip().startswith(("[", "{"))):
             check_here(value, f"data.{name}")

@@ -154,6 +154,23 @@ def test_a_file_of_ones_own_is_given_by_the_form(settings, tmp_path):
     assert settings(DATA="owner/name")["FIT"][-2:] == ["--data.source", "owner/name"]
 
 
+def test_the_first_cell_once_more_and_after_a_restart(settings, tmp_path):
+    """The cells below went into the project's folder, and the form's files lie beside the notebook."""
+    (tmp_path / "rows.jsonl").touch()
+    (tmp_path / "mine.yaml").touch()
+    (tmp_path / "lit-qlora").mkdir()
+    (tmp_path / "lit-qlora" / "main.py").touch()
+    names = settings(CONFIG="mine.yaml", DATA="rows.jsonl", RUN="~/runs/a")
+    before = [*map(str, names["FIT"])]
+    assert before == [
+        "--config", str(tmp_path / "mine.yaml"), "--run", str(Path.home() / "runs" / "a"),
+        "--data.source", str(tmp_path / "rows.jsonl"),
+    ]  # fmt: skip
+    assert Path.cwd() == tmp_path / "lit-qlora"  # where a cell without the install before it finds main.py
+    exec(CODE["settings"], names)
+    assert [*map(str, names["FIT"])] == before
+
+
 @pytest.mark.parametrize("options", ["--help", "--print_config"])
 def test_options_that_train_nothing_end_run_all(cell, tmp_path, options):
     """`fit` does what they ask for, and ends with status 0."""
@@ -320,6 +337,9 @@ def test_a_gpu_is_named(monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().out == "Tesla T4, 15360 MiB\n"
 
 
+FORM = dict.fromkeys(("CONFIG", "DATA", "RUN", "OPTIONS", "MIRROR"), "")
+
+
 @pytest.fixture
 def on_colab(monkeypatch):
     """A stand-in for google.colab; returns its secrets and the places where the drive was mounted."""
@@ -334,14 +354,18 @@ def on_colab(monkeypatch):
 
 def test_the_token_comes_from_colabs_secrets_and_is_not_shown(on_colab, capsys):
     on_colab[0]["HF_TOKEN"] = "hf_canary"
-    exec(CODE["accounts"], {"os": os, "MIRROR": ""})
+    exec(CODE["accounts"], {"os": os, **FORM})
     assert os.environ["HF_TOKEN"] == "hf_canary"
     assert capsys.readouterr().out == "A token of the hub is set.\n"
     assert on_colab[1] == []
 
 
-def test_without_a_secret_all_is_well(on_colab, capsys):
-    exec(CODE["accounts"], {"os": os, "MIRROR": "/content/drive/MyDrive/lit-qlora"})
+@pytest.mark.parametrize(
+    "given", [{"MIRROR": "/content/drive/MyDrive/lit-qlora"}, {"DATA": "/content/drive/MyDrive/my.jsonl"},
+              {"OPTIONS": "--model.base '/content/drive/MyDrive/a base'"}]
+)  # fmt: skip
+def test_without_a_secret_all_is_well(on_colab, capsys, given):
+    exec(CODE["accounts"], {"os": os, **FORM, **given})
     assert capsys.readouterr().out.splitlines() == [
         "Colab's secrets give no HF_TOKEN (KeyError).",
         "No token: gated bases and push need one, nothing else.",

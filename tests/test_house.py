@@ -108,6 +108,16 @@ def test_no_entry_of_a_table_is_asked_for_by_its_name_elsewhere(path: Path) -> N
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_there_is_one_road_to_a_forecast(path: Path) -> None:
+    """What a run will need is asked of `forecast.foresee`, and made nowhere else."""
+    if path.parent.name != "forecast":
+        called = {
+            ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)
+        }
+        assert not {one.rpartition(".")[2] for one in called} & {"Forecast", "Step", "step_of", "scoring_memory"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_json_has_one_reader(path: Path) -> None:
     """Which knows what json.loads makes of 200,000 brackets; what a library wrote a moment ago needs none."""
     if path.name == "files.py" and path.parent.name == "storage":

@@ -5,9 +5,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_qlora.devices.world import any_of, world
-from lit_qlora.forecast import memory
-from lit_qlora.forecast.foresee import current_card, foresee, step_of
-from lit_qlora.storage.files import GIB
+from lit_qlora.forecast.foresee import current_card, fits_to_score, foresee
 
 
 class ShardChoice(Callback):
@@ -29,20 +27,4 @@ def _is_shared(trainer: Trainer, module: Any, stage: str) -> bool:
         forecast = foresee(module, trainer.datamodule, trainer)  # type: ignore[attr-defined]
         return forecast is not None and forecast.is_shared
     can_share = module.own_layers and (world().size > 1 or module.shard_to == "host")
-    return can_share and _scoring(trainer, module).on_card > card.memory_gib * GIB * (1 - memory.RESERVE)
-
-
-def _scoring(trainer: Trainer, module: Any) -> memory.StepMemory:
-    """The memory of scoring with a whole base, of a micro-batch as large as any."""
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    tokens = data.plan.tokens or data.plan.rows * data.max_length
-    step = step_of(
-        module.base.shape,
-        module.lora,
-        trainer.precision,
-        tokens=tokens,
-        scored_tokens=tokens,
-        loss_rows=module.loss_rows,
-        is_one_of_several=world().size > 1,
-    )
-    return memory.scoring_memory(step)
+    return can_share and not fits_to_score(module, trainer.datamodule, trainer, card)  # type: ignore[attr-defined]

@@ -408,6 +408,28 @@ def step_of(shape: Shape, lora: Lora, precision: object, **settings: Any) -> Ste
     return Step(shape, rank=lora.rank, targets=targets, element=element, **settings)
 
 
+def fits_to_score(module: Any, data: Any, trainer: Any, card: Card) -> bool:
+    """True if scoring with a whole base leaves `memory.RESERVE` of a card free, whatever the micro-batch.
+
+    Args:
+        module: a `QLoRAModule`; nothing of it has to be loaded.
+        data: its `ChatDataModule`.
+        trainer: that is to score.
+        card: to score on.
+    """
+    tokens = data.plan.tokens or data.plan.rows * data.max_length
+    step = step_of(
+        module.base.shape,
+        module.lora,
+        trainer.precision,
+        tokens=tokens,
+        scored_tokens=tokens,
+        loss_rows=module.loss_rows,
+        is_one_of_several=world().size > 1,
+    )
+    return memory.scoring_memory(step).on_card <= card.memory_gib * GIB * (1 - memory.RESERVE)
+
+
 def together_on_host(module: Any, data: Any, trainer: Any) -> int:
     """How many micro-batches of a step go through the layers together in a fit on a CPU.
 

@@ -14,6 +14,7 @@ from lit_qlora.cli import FIT_AND_KIN, TOOLS
 from lit_qlora.forecast.cards import CARDS
 from lit_qlora.model.architectures import ARCHITECTURES
 from lit_qlora.model.optimizer import OPTIMIZERS
+from lit_qlora.usage import EXAMPLES
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "lit_qlora").rglob("*.py"))
@@ -124,6 +125,10 @@ def test_json_has_one_reader(path: Path) -> None:
         return
     for line in path.read_text().splitlines():
         assert not re.search(r"\bjson\.loads?\b(?!\(file\)|\(.*\.to_str\(\))", line), line
+
+
+def test_each_verb_has_its_examples() -> None:
+    assert {*EXAMPLES} == {*FIT_AND_KIN, *TOOLS}
 
 
 def test_help_is_light_and_quick() -> None:

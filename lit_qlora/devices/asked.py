@@ -1,4 +1,4 @@
-"""Owns what can be said of the devices asked for by the system alone, before torch is imported. Knows no torch."""
+"""Owns the checks of the devices that options ask for, as far as they need no torch, which takes seconds to import."""
 
 import os
 import sys

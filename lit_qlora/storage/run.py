@@ -1,4 +1,4 @@
-"""Owns the layout of a run folder: the paths of its config, adapter, checkpoints and figures, and which is newest.
+"""Owns run folders: which one a name means, the paths in it, whether it may be used, and which checkpoint is newest.
 
 The contents of checkpoints and adapters are written by others. Knows no torch.
 """

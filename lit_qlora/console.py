@@ -1,4 +1,4 @@
-"""Owns what is printed: lines within a terminal's width, errors and warnings, progress bars, and the streams of both.
+"""Owns what is printed: lines within a terminal's width, errors and warnings, progress bars, and both output streams.
 
 Characters outside of the console's encoding are shown by their codes. A terminal that hung up, or a pipe whose reader
 has ended (`| tee log`, which a Ctrl-C or a lost connection ends too), must not end a run before it is saved. `tell`

@@ -5,12 +5,12 @@ A run of the command line has its own: `trainer.py`, and folders for checkpoints
 LoRA and its prompt format only.
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import unwrap
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -279,9 +279,26 @@ def reading(checkpoint_path: Any) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        is_of_file = type(error).__name__ in ("FileNotFoundError", "EOFError", "UnpicklingError")
-        if not is_of_file and not re.search("PytorchStreamReader|pytorch-lightning_version", str(error)):
+        if isinstance(error, FileNotFoundError):
+            reason = "no such file"
+        elif isinstance(checkpoint_path, str | Path) and not _is_whole(Path(checkpoint_path)):
+            reason = "it is cut short, damaged or of another kind"
+        elif isinstance(error, KeyError) and error.args == ("pytorch-lightning_version",):
+            reason = f"it has no {error}"
+        elif type(error).__name__ == "UnpicklingError":
+            reason = one_line(error).partition(". ")[0]
+        else:
             raise
-        reason = "no such file" if isinstance(error, FileNotFoundError) else one_line(error).partition(". ")[0]
         problem = f"{checkpoint_path} can't be read as a checkpoint of Lightning's ({reason})"
         raise UserError(problem, option="ckpt_path", remedy="give another one") from error
+
+
+def _is_whole(file: Path) -> bool:
+    """True if ``file`` is a whole zip archive, as torch writes one; for what is no file, such as a URL, unknown."""
+    try:
+        with ZipFile(file) as archive:
+            return archive.testzip() is None
+    except (BadZipFile, EOFError):
+        return False
+    except OSError:
+        return True

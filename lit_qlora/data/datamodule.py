@@ -481,10 +481,14 @@ class ChatDataModule(LightningDataModule):
         trainer: Any = self.trainer
         limit = getattr(trainer, option)
         option = "overfit_batches" if trainer.overfit_batches else option
-        if isinstance(limit, float) and 0 < limit < 1:
-            lengths = self._rows[part].lengths
-            count = len(self._first_epoch if part == "train" else self.plan.epoch(lengths, seed=0, epoch=0))
-            check_limit(option, limit, count)
+        if limit == 0 or (isinstance(limit, float) and limit == 1):  # none, which is said elsewhere, or all
+            return
+        lengths = self._rows[part].lengths
+        count = len(self._first_epoch if part == "train" else self.plan.epoch(lengths, seed=0, epoch=0))
+        check_limit(option, limit, count)
+        if isinstance(limit, float) or limit < count:
+            what = "learned in an epoch" if part == "train" else "scored"
+            self.notes[part].append(f"not all of these are {what}, by trainer.{option} {limit:g}")
 
     def _evaluated(self, part: str) -> PlannedBatches:
         rows, trainer = self._encoded(part), self.trainer

@@ -362,6 +362,20 @@ def test_more_devices_than_micro_batches_of_a_limited_epoch_are_refused():
     data.setup("fit")
 
 
+@pytest.mark.parametrize(
+    ("limit", "told"), [(2, " 2"), (0.5, " 0.5"), (6, None), (100, None), (1.0, None), (0, None)], ids=str
+)
+def test_what_a_limit_leaves_out_is_told(limit, told):
+    """Beside the count of all rows, which then says more than is scored."""
+    write("rows.jsonl", ("hi", "yo"))
+    write("held.jsonl", *numbered(12))
+    data = ChatDataModule("rows.jsonl", validation_source="held.jsonl", batch_size=2)
+    data.trainer = SimpleNamespace(lightning_module=None, limit_val_batches=limit, overfit_batches=0.0)
+    data.setup("validate")
+    note = f"validation: not all of these are scored, by trainer.limit_val_batches{told}"
+    assert data.describe()[1:] == ([note] if told else [])
+
+
 def _device(rank):
     """Of a Trainer on three devices, what the DataModule reads."""
     return SimpleNamespace(

@@ -1,4 +1,4 @@
-"""Measures how speed and memory grow: tokens a row, rows of a micro-batch, rank, layers kept; and rows of data.
+"""Measures how speed and memory grow: tokens per row, rows of a micro-batch, rank, layers kept; and rows of data.
 
     python benchmarks/growth.py --base DIR [--t4]        # training steps on a GPU, beside the planner's forecast
     python benchmarks/growth.py --cpu                    # a few short ones on the demo: it runs; no memory is measured

@@ -15,6 +15,7 @@ from lit_qlora.callbacks.record import record
 from lit_qlora.callbacks.steps import StepCallback, is_log_step
 from lit_qlora.devices.world import any_of
 from lit_qlora.errors import UserError
+from lit_qlora.model.learning import loss_scale
 from lit_qlora.model.optimizer import num_applied
 
 MAX_SCALER_SKIPS = 20
@@ -90,7 +91,7 @@ class UpdateGuard(StepCallback):
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
-        if self.nonfinite_in_a_row >= self.max_nonfinite_losses and _scale(trainer) is None:
+        if self.nonfinite_in_a_row >= self.max_nonfinite_losses and loss_scale(trainer) is None:
             raise UserError(
                 f"the loss of step {trainer.global_step + 1} is not finite ({self.nonfinite_in_a_row} "
                 f"in a row), with training rows {self._step_rows} ({trainer.precision})",
@@ -121,7 +122,7 @@ class UpdateGuard(StepCallback):
             record(trainer, {"updates/applied": applied, "updates/skipped": trainer.global_step - applied})
         if self.skips_in_a_row < MAX_SCALER_SKIPS:
             return
-        scale = _scale(trainer)  # waits for the device, so not in each step
+        scale = loss_scale(trainer)  # waits for the device, so not in each step
         if scale is not None:
             raise UserError(
                 f"{self.skips_in_a_row} updates in a row were skipped for losses or gradients that "
@@ -150,9 +151,3 @@ class _Flag:
         if self._copied:
             self._copied.synchronize()
         return bool(self._on_host)
-
-
-def _scale(trainer: Trainer) -> float | None:
-    """The loss scale in fp16; None in other precisions."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return float(scaler.get_scale()) if scaler else None

@@ -23,7 +23,7 @@ from lit_qlora.storage.folders import DamagedFolderError, clear_leftovers, verif
 from lit_qlora.storage.shared import Held, prune
 from lit_qlora.text.conversation import Conversation, Turn
 
-ROWS_A_WRITE = 512
+ROWS_PER_WRITE = 512
 KEPT_BYTES = 2 * 10**9
 """Bytes of all entries together: about half a million conversations of Guanaco's length."""
 RECENT_S, ABANDONED_S = 3600, 86400
@@ -146,7 +146,7 @@ def _write_rows(path: Path, conversations: Sequence[Conversation], encoder: Enco
     counts = {"cut": 0, "left_out": 0, "divided": 0}
     divided = counted("encode", map(encoder.rows, encoder.written(conversations)), len(conversations))
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        while some := list(islice(divided, ROWS_A_WRITE)):
+        while some := list(islice(divided, ROWS_PER_WRITE)):
             kept = [example for examples in some for example in examples]
             counts["left_out"] += some.count([])
             counts["divided"] += sum(len(examples) > 1 for examples in some)

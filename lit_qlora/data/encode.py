@@ -33,7 +33,7 @@ UNFINISHED = "\ufffd"
 
 CONTEXT_ONLY = "earlier answers as context only: the template writes them otherwise than where it asks for one"
 
-CONVERSATIONS_A_CALL = 512
+CONVERSATIONS_PER_CALL = 512
 """Number of conversations per call of the tokenizer, which processes a list on all cores."""
 
 
@@ -170,7 +170,7 @@ class Encoder:
             conversations: any number of them; some hundred are encoded in one call.
         """
         remaining = iter(conversations)
-        while some := list(islice(remaining, CONVERSATIONS_A_CALL)):
+        while some := list(islice(remaining, CONVERSATIONS_PER_CALL)):
             cut = [self.prompt_format.pieces(conversation) for conversation in some]
             ids = iter(self._ids([piece for pieces in cut for piece in pieces]))
             for conversation, pieces in zip(some, cut, strict=True):

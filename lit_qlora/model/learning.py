@@ -19,6 +19,12 @@ from lit_qlora.model.sums import AnswerSums
 from lit_qlora.wording import number_of
 
 
+def loss_scale(trainer: Any) -> float | None:
+    """The factor on the loss of a Trainer in fp16; None in other precisions."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return float(scaler.get_scale()) if scaler else None
+
+
 class LearnsInParts(ComputesSums):
     """A module that retries a micro-batch in less memory when it runs out, with the same loss and gradients."""
 
@@ -201,9 +207,9 @@ class LearnsInParts(ComputesSums):
         earlier = self._set_aside()
         if is_first:  # of the last step: they are about to be zeroed, and until then take memory
             earlier.clear()
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        scale = torch.full((), scaler.get_scale() if scaler else 1.0, device=self.device)
-        expected = scale / self.trainer.accumulate_grad_batches
+        scale = loss_scale(self.trainer)
+        whole = torch.full((), 1.0 if scale is None else scale, device=self.device)
+        expected = whole / self.trainer.accumulate_grad_batches
         found = self._learn_in_parts(expected)
         self._learned = self._set_aside(), expected
         self._take_back(earlier, adds=False)

@@ -122,7 +122,7 @@ def test_another_layout_is_another_entry(tokenizer, folder, monkeypatch):
 
 
 def test_cut_and_left_out_conversations_are_counted(tokenizer, monkeypatch):
-    monkeypatch.setattr(cache, "ROWS_A_WRITE", 2)
+    monkeypatch.setattr(cache, "ROWS_PER_WRITE", 2)
     long_answer, long_question = said("a", "b " * 99), said("a " * 99, "b")
     talks = [TALKS[0], long_question, long_answer, long_question, long_question, long_answer, TALKS[1]]
     rows = encode_records(talks, Encoder(tokenizer, 80))
@@ -170,14 +170,14 @@ def test_rows_are_mapped_from_disk_and_not_held_in_memory(tokenizer, folder):
 
 
 def test_rows_are_written_a_few_at_a_time(tokenizer, monkeypatch):
-    monkeypatch.setattr(cache, "ROWS_A_WRITE", 2)
+    monkeypatch.setattr(cache, "ROWS_PER_WRITE", 2)
     rows = encode_records(TALKS, Encoder(tokenizer, 1024))
     chunks = rows.examples.data.column("input_ids").chunks
     assert [len(chunk) for chunk in chunks] == [2, 2, 2, 1]
 
 
 def test_an_encoding_that_was_cut_off_leaves_nothing_and_is_made_anew(tokenizer, folder, monkeypatch):
-    monkeypatch.setattr(cache, "ROWS_A_WRITE", 1)
+    monkeypatch.setattr(cache, "ROWS_PER_WRITE", 1)
     whole = Encoder.written
 
     def breaks(self, talks):

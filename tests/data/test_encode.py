@@ -271,7 +271,7 @@ def test_decode_leaves_out_bos_and_eos_and_the_outer_spaces(tokenizer):
 
 
 def test_conversations_come_out_in_their_order_whatever_a_call_takes(demo_tokenizer, monkeypatch):
-    monkeypatch.setattr("lit_qlora.data.encode.CONVERSATIONS_A_CALL", 2)
+    monkeypatch.setattr("lit_qlora.data.encode.CONVERSATIONS_PER_CALL", 2)
     encoder = Encoder(demo_tokenizer, 60)
     talks = [said(f"q{index}", f"a{index}") for index in range(5)]
     talks[3] = said("long " * 100, "cut off")

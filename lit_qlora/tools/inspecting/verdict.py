@@ -28,7 +28,7 @@ REMEDIES = {
 }
 """What to do about each kind."""
 
-ROWS_A_CALL = 512
+ROWS_PER_CALL = 512
 """Rows whose texts are decoded in one call."""
 AROUND = 10
 """Characters that are shown before and behind what is lost."""
@@ -65,7 +65,7 @@ class Judge:
     def read_back(self, rows: Iterable[Sequence[Written]]) -> Iterator[tuple[Sequence[Written], list[str]]]:
         """Each of ``rows``, as written, with its texts as decoded from their ids."""
         backend, remaining = self.encoder.tokenizer.backend_tokenizer, iter(rows)
-        while some := list(islice(remaining, ROWS_A_CALL)):
+        while some := list(islice(remaining, ROWS_PER_CALL)):
             ids = [ids for written in some for _, ids in _texts(written)]
             texts = iter(backend.decode_batch(ids, skip_special_tokens=False))
             yield from ((written, [*islice(texts, len(_texts(written)))]) for written in some)

@@ -27,6 +27,7 @@ from lit_qlora.data.records import load_records
 from lit_qlora.data.tokenizer import load_tokenizer
 from lit_qlora.errors import UserError
 from lit_qlora.model.generate import Sampling
+from lit_qlora.storage.run import RunFolder
 from lit_qlora.text.conversation import Conversation, Turn
 from lit_qlora.tools.answering import terminal
 from lit_qlora.tools.answering.answerer import Answer, Answerer, choose_adapter
@@ -150,6 +151,17 @@ def test_a_mistake_is_one_line_and_no_model_is_loaded(here, args, message, capsy
     out, err = capsys.readouterr()
     assert err.startswith(f"error: {message}")
     assert (err.count("\n"), out) == (1, "")
+
+
+def test_a_runs_base_that_is_elsewhere_now(tmp_path, monkeypatch, expect_error):
+    monkeypatch.chdir(tmp_path)
+    run = RunFolder(Path("runs", "mine"))
+    run.adapter.mkdir(parents=True)
+    (run.adapter / "adapter_config.json").write_text("{}")
+    run.config.write_text("model:\n  base: ./gone\n")
+    told = {"option": "model.base", "place": str(run.config)}
+    expect_error(lambda: choose_adapter("mine"), "no folder './gone'", "give --base if it is elsewhere now", **told)
+    expect_error(lambda: choose_adapter("mine", base="./gone"), "no folder './gone'", option="base")
 
 
 def test_nothing_on_standard_input_is_one_line(here, piped, capsys):

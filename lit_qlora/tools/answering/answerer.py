@@ -80,7 +80,7 @@ def choose_adapter(run: str | None = None, adapter: str | None = None, base: str
     if adapter is None:
         folder = trained_run(run)
         options = _options(folder)
-        its_base = _find(base) if base else find_base(options["model"]["base"])
+        its_base = _find(base or options["model"]["base"], None if base else folder.config)
         _say_imports()
         return ResolvedAdapter(its_base, folder.adapter, folder, options)
     if run:
@@ -89,10 +89,11 @@ def choose_adapter(run: str | None = None, adapter: str | None = None, base: str
     _say_imports()
     from lit_qlora.model.lora import read_format, read_record
 
-    base = base or read_record(Path(adapter))["base"]
-    if base is None:
+    named = base or read_record(Path(adapter))["base"]
+    if named is None:
         raise UserError(f"{adapter} does not name its base", option="adapter", remedy="give --base")
-    chosen = ResolvedAdapter(_find(base), Path(adapter), None, _options(None))
+    its_base = _find(named, None if base else Path(adapter))
+    chosen = ResolvedAdapter(its_base, Path(adapter), None, _options(None))
     prompts = read_format(chosen.adapter)
     if prompts.is_assumed:  # on standard error, since an answer may be piped
         other = f"{prompts.title} is used; for another, put its chat_template.jinja there"
@@ -133,10 +134,13 @@ def trained_run(run: str | None) -> RunFolder:
     return folder
 
 
-def _find(base: str) -> Base:
+def _find(base: str, place: Path | None) -> Base:
+    """The base of that name, which the option gives, or what lies at ``place``. Raises UserError as `find_base`."""
     try:
         return find_base(base)
     except UserError as error:  # which calls it by its name in a config
+        if place:
+            raise error.replace(place=place).advise("give --base if it is elsewhere now") from error
         raise error.replace(option="base") from error
 
 

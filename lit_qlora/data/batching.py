@@ -349,6 +349,14 @@ class ResumableLoader:
         sizes = sizes_of(self.order(0)[: self.length], self.rows.lengths, self.packed)
         return efficiency(sizes, self.accumulate, self.num_devices)
 
+    def begin(self, epoch: int) -> None:
+        """Start at the first micro-batch of an epoch, whatever was read so far, such as for a look at a batch.
+
+        Args:
+            epoch: its number.
+        """
+        self._epoch, self._done = epoch, 0
+
     def state_dict(self) -> dict[str, int]:
         """The position of the next batch; at an epoch's end, the start of the next epoch."""
         return {"epoch": self._epoch, "batches": self._done}

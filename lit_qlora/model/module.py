@@ -448,6 +448,9 @@ class QLoRAModule(LearnsInParts):
         if self._data is None:
             name = self.prompt_format.record()["prompt_format"]
             rank_zero_info(f"a saved adapter records the prompt format {name}: no ChatDataModule says of another")
+        loader: Any = self.trainer.train_dataloader
+        if hasattr(loader, "begin") and self.trainer.ckpt_path is None:  # else where the checkpoint has it
+            loader.begin(self.trainer.current_epoch)
         self._sums.reset()
         self._num_waiting.clear()
         self._accumulated = self.trainer.accumulate_grad_batches

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import Callback, LightningDataModule
 from torch.utils.data import DataLoader
 
 from lit_qlora import ChatDataModule, QLoRAModule, demo
@@ -172,6 +172,25 @@ def test_batches_can_be_looked_at_without_a_trainer():
     assert all(len(loader) for loader in (rows.val_dataloader(), rows.test_dataloader()))
     with pytest.raises(UserError, match=r"counted with its Trainer"):
         rows.num_optimizer_steps()
+
+
+@pytest.mark.parametrize("num_seen", [1, 3, 400])
+def test_a_look_at_batches_takes_none_from_the_fit_after_it(num_seen):
+    """The first epoch lacked what had been looked at, and its steps began in the middle of others."""
+    seen = []
+
+    class See(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            seen.append(batch.input_ids)
+
+    rows = data(tokenizer="demo")
+    rows.setup("fit")
+    loader = rows.train_dataloader()
+    wanted = [batch.input_ids for batch in rows.train_dataloader()][:2]
+    for _, _ in zip(range(num_seen), loader, strict=False):
+        pass
+    trainer(callbacks=[See()]).fit(module(), loader, rows.val_dataloader())
+    assert [batch.tolist() for batch in seen] == [batch.tolist() for batch in wanted]
 
 
 def test_a_module_before_its_fit_says_that_it_is_not_loaded(here, expect_error):

@@ -114,6 +114,23 @@ class SaveError(OSError):
         self.errno = error.errno
 
 
+@contextmanager
+def saved_by(option: str, remedy: str | None = None) -> Iterator[None]:
+    """Name the option that says where a file goes if its save fails.
+
+    Args:
+        option: the option.
+        remedy: what to do, where there is more than to make room.
+
+    Raises:
+        UserError: in place of a SaveError.
+    """
+    try:
+        yield
+    except SaveError as error:
+        raise UserError(str(error), option=option, remedy=remedy) from error
+
+
 def write_file(path: Path, content: str | bytes) -> None:
     """Write a file atomically.
 

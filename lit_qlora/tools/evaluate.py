@@ -18,7 +18,7 @@ from lit_qlora.devices.asked import Precision
 from lit_qlora.errors import UserError, require
 from lit_qlora.figures.lines import json_number
 from lit_qlora.quiet import quieten
-from lit_qlora.storage.files import SaveError, output_path, require_folder, require_new, write_file
+from lit_qlora.storage.files import output_path, require_folder, require_new, saved_by, write_file
 from lit_qlora.tools.answering.answerer import ResolvedAdapter, choose_adapter
 from lit_qlora.tools.scoring.questions import LETTERS, Prompts, Style, Subject, examples_for, read_subjects
 from lit_qlora.wording import number_of
@@ -116,10 +116,8 @@ def evaluate(
         found["mmlu"] = _score_questions(scoring, asked, batch_tokens or QUESTION_BATCH_TOKENS, draws, seed)
     if output:
         text = json.dumps(_as_json(found | {"draws": draws, "seed": seed}), indent=2) + "\n"
-        try:
+        with saved_by("output"):
             write_file(Path(output), text)
-        except SaveError as error:
-            raise UserError(str(error), option="output") from error
 
 
 # Held-out conversations

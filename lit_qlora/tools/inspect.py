@@ -12,7 +12,7 @@ from lit_qlora.data.datamodule import ChatDataModule
 from lit_qlora.data.faults import accepted_kinds
 from lit_qlora.errors import UserError
 from lit_qlora.model.module import QLoRAModule
-from lit_qlora.storage.files import page_path, write_file
+from lit_qlora.storage.files import page_path, saved_by, write_file
 from lit_qlora.tools.inspecting.look import Look, look
 from lit_qlora.tools.inspecting.page import MARK, page
 from lit_qlora.tools.inspecting.words import by_kind, lines
@@ -50,15 +50,15 @@ def main(command: Command) -> int:
         The exit status: 1 if a row has a fault that is not accepted.
 
     Raises:
-        UserError: for options that fit would refuse.
-        SaveError: the page can't be written.
+        UserError: for options that fit would refuse; the page can't be written.
     """
     cli = InspectCLI.of(command)
     seen, whole = cli.found, cli.config[cli.verb].row is not None
     shows_colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
     print("\n".join(lines(seen, cli.accepted, shows_colour, whole)))
     if cli.page:
-        write_file(cli.page, page(seen, cli.accepted))
+        with saved_by("html"):
+            write_file(cli.page, page(seen, cli.accepted))
         print(f"page: {cli.page}")
     return 1 if by_kind(seen.found, cli.accepted) else 0
 

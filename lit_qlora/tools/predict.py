@@ -23,7 +23,7 @@ from lit_qlora.data.sources import Source, SourceOption, find_splits, read_sourc
 from lit_qlora.data.splits import FILES
 from lit_qlora.errors import UserError, require
 from lit_qlora.model.generate import Sampling
-from lit_qlora.storage.files import SaveError, decoded, output_path, require_folder
+from lit_qlora.storage.files import decoded, output_path, require_folder, saved_by
 from lit_qlora.text.conversation import Conversation
 from lit_qlora.text.formats import PromptFormat
 from lit_qlora.text.messages import LAST_UNSEEN
@@ -90,11 +90,9 @@ def predict(
             {"prompt": conversation.turns[-1].content, "answer": text, "stopped": stopped}
             for (_, conversation), (text, stopped) in zip(questions, answers, strict=True)
         ]
-        try:
-            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        with saved_by("output", "given again, the same command resumes"):
             unfinished.finish(belongs_to, text.encode())
-        except SaveError as error:
-            raise UserError(str(error), option="output", remedy="given again, the same command resumes") from error
     print(f"{number_of(len(lines), 'answers')} by {answerer.adapter} in {target}")
 
 

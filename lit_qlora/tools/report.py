@@ -1,9 +1,8 @@
 """Owns the verb report: a run in one page, written anew from its folder. What is on it is `figures.report`'s."""
 
 from lit_qlora.console import complain
-from lit_qlora.errors import UserError
 from lit_qlora.figures.report import damage, write_report
-from lit_qlora.storage.files import SaveError
+from lit_qlora.storage.files import saved_by
 from lit_qlora.storage.run import open_run
 
 
@@ -19,7 +18,5 @@ def report(run: str | None = None) -> None:
     folder = open_run(run)
     for problem in damage(folder):
         complain(f"warning: {problem}")
-    try:
+    with saved_by("run"):
         print(write_report(folder))
-    except SaveError as error:
-        raise UserError(str(error), option="run") from error

@@ -1,6 +1,8 @@
 """The verb inspect, as a user gives it: true figures, faults that are named with their rows, nothing written."""
 
+import errno
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -16,6 +18,7 @@ from lit_qlora.columns import columns
 from lit_qlora.data import batching
 from lit_qlora.data.encode import Encoder
 from lit_qlora.data.faults import KINDS
+from lit_qlora.storage.files import SaveError
 from lit_qlora.tools.inspecting.verdict import Judge
 from lit_qlora.wording import number_of
 from tests.data.talks import write
@@ -575,6 +578,17 @@ def test_a_row_of_several_faults_of_a_kind_is_one_row_in_the_lines_and_on_the_pa
     assert accepted in lines and accepted in Path("page.html").read_text(encoding="utf-8")
     inspect("--accept", "end", "--html", "page.html")
     assert "accepted: " not in Path("page.html").read_text(encoding="utf-8")
+
+
+def test_a_page_that_can_not_be_written_names_its_option(tmp_path, monkeypatch, capsys):
+    def full(path, *_):
+        raise SaveError(path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lit_qlora.tools.inspect.write_file", full)
+    assert main(["inspect", "--data.source", write("a.jsonl", *GOOD), "--html", "page.html"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: html: page.html could not be saved: No space left on device (")
 
 
 def test_the_page_holds_it_all_and_no_markup_of_the_rows(inspect, tmp_path):

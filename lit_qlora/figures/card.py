@@ -179,10 +179,17 @@ def _rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tuple
 def _cost(figures: Mapping[int, Mapping[str, Any]], step: int, training_s: float) -> Iterator[str]:
     yield f"{step:,} optimizer steps"
     if training_s:
-        yield f"{training_s / 3600:.2g} hours in them"
+        yield f"{duration(training_s)} in them"
     for name in sorted({name for line in figures.values() for name in line if name.startswith("memory/")}):
         what = name.removeprefix("memory/").removesuffix("_gib").replace("_", " ")
         yield f"{what} memory at most {peak_of(figures, name) or 0:.2f} GiB"
+
+
+def duration(seconds: float) -> str:
+    """How long a run took, in s, min or h."""
+    if seconds < 120:
+        return f"{seconds:.{0 if seconds >= 1 else 1}f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def addressed(text: str, to: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from markupsafe import Markup
 
 from lit_qlora.errors import UserError
-from lit_qlora.figures.card import HELD_OUT
+from lit_qlora.figures.card import HELD_OUT, duration
 from lit_qlora.figures.charts import charts, peak_of
 from lit_qlora.figures.lines import damaged_lines, iter_lines
 from lit_qlora.figures.render import filled
@@ -170,13 +170,7 @@ def _tiles(
         yield "Host memory", f"{host:.2f} GiB", "no GPU"
     seconds = decided.get("training_s")
     if seconds is not None and _is_number(seconds):
-        yield "Training time", _duration(seconds), "in steps alone"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+        yield "Training time", duration(seconds), "in steps alone"
 
 
 def _samples(file: Path, step: int) -> Iterator[dict[str, str]]:

@@ -4,6 +4,7 @@ Prompts of similar length are answered together. Batches and samples are a funct
 process that resumes after a kill gives the same output.
 """
 
+import glob
 import hashlib
 import json
 import re
@@ -243,7 +244,8 @@ def read_prompts(prompts: SourceOption, columns: Mapping[str, str] | None = None
 def _rows_of(source: Source, columns: Sequence[str]) -> list[Row]:
     path = Path(source.path).expanduser()
     if path.suffix.lower() == ".txt" and not source.is_on_hub:
-        return list(_lines_of(path))
+        files = [] if path.exists() else sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207  # of any folder
+        return [line for file in files or [path] for line in _lines_of(Path(file))]
     if path.is_file() and not path.name.lower().endswith((*FILES, *COMPRESSED, ARROW)):
         raise UserError(f"the ending is {path.suffix!r}, expected one of .txt, {', '.join(ENDINGS)}", place=path)
     splits = find_splits(source)

@@ -441,7 +441,9 @@ def test_prompts_come_from_wherever_rows_do(tmp_path, capsys, monkeypatch):
     Path("both/test.jsonl").write_text(lines[1])
     Path("p.jsonl.gz").write_bytes(gzip.compress("".join(lines).encode()))
     Path("p.txt").write_text("a\nb\n")
-    for source in ("parts/*.jsonl", "p.jsonl.gz", "p.txt", ["parts/p0.jsonl", {"path": "both"}]):
+    Path("parts/q0.txt").write_text("a\n")
+    Path("parts/q1.txt").write_text("b\n")
+    for source in ("parts/*.jsonl", "p.jsonl.gz", "p.txt", "parts/q*.txt", ["parts/p0.jsonl", {"path": "both"}]):
         assert [row.value for row in read_prompts(source)] == [{"prompt": "a"}, {"prompt": "b"}]
     assert capsys.readouterr().err == "prompts: test of both; not read: train\n"
     assert [row.value for row in read_prompts("both:train")] == [{"prompt": "a"}]

@@ -20,6 +20,7 @@ from lit_qlora.model.copies import Copies
 from lit_qlora.model.device import choose_precision, current_device
 from lit_qlora.model.fingerprint import fingerprint
 from lit_qlora.model.lora import Lora, read_weights
+from lit_qlora.model.lora_config import require_adapter
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.storage import settings
 from lit_qlora.storage.adapter import mend_adapter
@@ -274,4 +275,9 @@ def what_to_score(run: RunFolder, what: str) -> tuple[Path | None, Path | None]:
         return None, checkpoint
     if (Path(what) / "adapter_config.json").is_file():
         return Path(what), None
+    if Path(what).is_dir() and not any(Path(what).glob("state*")):  # a run or a whole model, not a damaged checkpoint
+        try:
+            require_adapter(Path(what))
+        except UserError as error:
+            raise error.within("ckpt_path") from error
     return None, folder_to_score(what, check_checkpoint)

@@ -233,3 +233,13 @@ def test_every_verb_takes_the_name(args: list[str], capsys: pytest.CaptureFixtur
     Path("x.txt").write_text("hello\n")
     assert main([*args, "--run", "mine"]) == 2
     assert "error: run: runs/mine is no run folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "remedy"), [("config.json", "it is a whole model"), ("adapter/adapter_config.json", "mean that/adapter")]
+)
+def test_what_is_scored_is_an_adapter_or_a_checkpoint(here, file, remedy, expect_error):
+    path = here / "that" / file
+    path.parent.mkdir(parents=True)
+    path.write_text("{}")
+    expect_error(lambda: start.what_to_score(RunFolder(here / "run"), "that"), "no adapter", remedy, option="ckpt_path")

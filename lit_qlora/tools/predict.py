@@ -245,7 +245,7 @@ def _rows_of(source: Source, columns: Sequence[str]) -> list[Row]:
     path = Path(source.path).expanduser()
     if path.suffix.lower() == ".txt" and not source.is_on_hub:
         files = [] if path.exists() else sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207  # of any folder
-        return [line for file in files or [path] for line in _lines_of(Path(file))]
+        return [line for file in files or [str(path)] for line in _lines_of(Path(file))]
     if path.is_file() and not path.name.lower().endswith((*FILES, *COMPRESSED, ARROW)):
         raise UserError(f"the ending is {path.suffix!r}, expected one of .txt, {', '.join(ENDINGS)}", place=path)
     splits = find_splits(source)

@@ -100,6 +100,8 @@ def read_row(
         conversation, taken_off = edges.clean(conversation, marks)  # what parse did not see, such as a system column
         conversation.check_characters()
     except messages.OpeningError as error:
+        if use == "prompts":  # which have no such option
+            raise RowError(str(error)) from error
         remedy = "give data.opening, what the user is taken to have said, or delete this row"
         raise RowError(str(error), remedy) from error
     except edges.WrittenOutError as error:

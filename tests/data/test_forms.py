@@ -395,6 +395,9 @@ def test_an_opening_of_the_assistant_s_is_left_out_or_kept():
     with pytest.raises(RowError, match="only the assistant speaks") as caught:
         read_row({"messages": TURNS[1:]})
     assert "data.opening" in caught.value.remedy
+    with pytest.raises(RowError, match="only the assistant speaks") as caught:
+        read_row({"messages": TURNS[1:]}, use="prompts")
+    assert caught.value.remedy == "mend or delete this row"
 
 
 @pytest.mark.parametrize(

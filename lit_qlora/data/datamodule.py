@@ -344,7 +344,8 @@ class ChatDataModule(LightningDataModule):
             return {}
         plan = self.plan
         options = {"batch_size": plan.rows, "batch_tokens": plan.tokens, "packing": plan.packed, "seed": self.seed}
-        return {"data.source": self._rows["train"].fingerprint} | {f"data.{key}": options[key] for key in options}
+        # The rows last: another seed draws others, and is what was changed.
+        return {f"data.{key}": options[key] for key in options} | {"data.source": self._rows["train"].fingerprint}
 
     def parts(self, reading: Reading | None = None) -> Parts:
         """The rows to learn, hold out and test on, by the options; ``reading`` replaces the options' own."""

@@ -432,7 +432,8 @@ def test_a_vocabulary_that_does_not_fit(
         assert message in capsys.readouterr().err
         Path("adapter").mkdir()
         Path("adapter/adapter_config.json").touch()
-        monkeypatch.setattr(lora, "read_record", lambda _: {"base": "base", "prompt_format": None})
+        record = {"base": "base", "base_fingerprint": "one of ours", "prompt_format": None}
+        monkeypatch.setattr(lora, "read_record", lambda _: record)
         with pytest.raises(UserError, match="has ids up to 1,024"):
             Answerer(choose_adapter(adapter="adapter"))
 

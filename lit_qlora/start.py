@@ -23,7 +23,7 @@ from lit_qlora.model.lora import Lora, read_weights
 from lit_qlora.model.lora_config import require_adapter
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.storage import settings
-from lit_qlora.storage.adapter import mend_adapter
+from lit_qlora.storage.adapter import is_adapter, mend_adapter, require_trained
 from lit_qlora.storage.checkpoint_io import RUN, check_checkpoint
 from lit_qlora.storage.config_file import as_yaml
 from lit_qlora.storage.files import require_room
@@ -261,10 +261,8 @@ def what_to_score(run: RunFolder, what: str) -> tuple[Path | None, Path | None]:
     if what == "base":
         return None, None
     if what == "best":
-        if not (run.adapter / "adapter_config.json").is_file():
-            raise UserError(
-                f"{run.path} has no adapter yet", option="ckpt_path", remedy="--ckpt_path last or base may be scored"
-            )
+        others = "last or base" if run.saved_steps() else "base"
+        require_trained(run, "ckpt_path", "ckpt_path", f"--ckpt_path {others} may be scored")
         return run.adapter, None
     if what == "last":
         checkpoint, _ = run.last_checkpoint(check_checkpoint)
@@ -273,7 +271,7 @@ def what_to_score(run: RunFolder, what: str) -> tuple[Path | None, Path | None]:
                 f"{run.path} has no whole checkpoint", option="ckpt_path", remedy="best or base may be scored"
             )
         return None, checkpoint
-    if (Path(what) / "adapter_config.json").is_file():
+    if is_adapter(Path(what)):
         return Path(what), None
     if Path(what).is_dir() and not any(Path(what).glob("state*")):  # a run or a whole model, not a damaged checkpoint
         try:

@@ -14,6 +14,7 @@ from typing import Any
 
 from lit_qlora.errors import UserError, cut
 from lit_qlora.model.architectures import PLACES
+from lit_qlora.storage.adapter import is_adapter
 from lit_qlora.storage.folders import URL
 from lit_qlora.storage.foreign import FLAG, SHARE, Kind, shown, whole
 
@@ -224,9 +225,9 @@ def require_adapter(folder: Path) -> None:
     """Raises UserError unless ``folder`` is one on this machine that holds an adapter."""
     if URL.match(str(folder)):
         raise UserError(f"{folder} is a URL, and adapters are only read from this machine: give an adapter's folder")
-    if not (folder / "adapter_config.json").is_file():
+    if not is_adapter(folder):
         below = folder / "adapter"  # of a run
-        near = f"did you mean {below}?" if (below / "adapter_config.json").is_file() else None
+        near = f"did you mean {below}?" if is_adapter(below) else None
         if (folder / "config.json").is_file():
             near = "it is a whole model, which other programs load: see docs/serving.md"
         raise UserError(f"{folder} is no adapter: it has no adapter_config.json", remedy=near)

@@ -14,6 +14,31 @@ from lit_qlora.storage.foreign import object_in
 from lit_qlora.storage.run import RunFolder
 
 
+def is_adapter(folder: Path) -> bool:
+    """True if ``folder`` holds an adapter, as peft saves one."""
+    return (folder / "adapter_config.json").is_file()
+
+
+def require_trained(run: RunFolder, option: str, names_one: str, remedy: str) -> None:
+    """Check that a run has an adapter.
+
+    Args:
+        run: the run.
+        option: that names it, for the message.
+        names_one: the option that takes the folder of another adapter.
+        remedy: what to do where the run has none yet.
+
+    Raises:
+        UserError: it has none; where a copy of it is left, the message says so.
+    """
+    if is_adapter(run.adapter):
+        return
+    if is_adapter(run.adapter_copy):
+        remedy = f"fit again, which restores it, or give --{names_one} {run.adapter_copy}, its copy"
+        raise UserError(f"{run.adapter} is not there", option=option, remedy=remedy)
+    raise UserError(f"{run.path} has no adapter yet", option=option, remedy=remedy)
+
+
 def mend_adapter(run: RunFolder, mirrored: Path | None = None, *, is_needed: bool = False) -> None:
     """Move a damaged or foreign adapter aside and restore an intact copy in its place, with a warning.
 

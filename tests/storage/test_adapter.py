@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lit_qlora.storage.adapter import put_adapter_back
+from lit_qlora.storage.adapter import put_adapter_back, require_trained
 from lit_qlora.storage.folders import write_folder
 from lit_qlora.storage.run import RunFolder
 
@@ -54,3 +54,15 @@ def test_what_was_put_aside_before_makes_way_for_what_is_put_aside_now(run):
         adapter(run.adapter, step)
         put_adapter_back(run, 6)
     assert step_of(run.path / "adapter.before") == 9
+
+
+def test_a_run_without_its_adapter_names_the_copy_that_is_left(run, expect_error):
+    def asked():
+        require_trained(run, "run", "adapter", "train it")
+
+    expect_error(asked, run.path, "no adapter yet", "train it", option="run")
+    run.adapter_copy.mkdir()
+    (run.adapter_copy / "adapter_config.json").write_text("{}")
+    expect_error(asked, run.adapter, "is not there", f"--adapter {run.adapter_copy}", option="run")
+    run.adapter_copy.rename(run.adapter)
+    asked()

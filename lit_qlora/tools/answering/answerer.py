@@ -19,6 +19,7 @@ from lit_qlora.model.generate import Sampling, generate
 from lit_qlora.model.lora_config import require_adapter
 from lit_qlora.quiet import quieten
 from lit_qlora.signatures import defaults_of
+from lit_qlora.storage.adapter import require_trained
 from lit_qlora.storage.config_file import as_sections
 from lit_qlora.storage.run import RunFolder, open_run
 from lit_qlora.text.conversation import Conversation, TextError
@@ -129,8 +130,7 @@ def trained_run(run: str | None) -> RunFolder:
         UserError: if there is no such run, or no adapter in it.
     """
     folder = open_run(run)
-    if not (folder.adapter / "adapter_config.json").is_file():
-        raise UserError(f"{folder.path} has no adapter yet", option="run", remedy="train it first, or give --adapter")
+    require_trained(folder, "run", "adapter", "train it first, or give --adapter")
     return folder
 
 

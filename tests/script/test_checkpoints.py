@@ -170,7 +170,7 @@ CHANGED = [
     ({"optimizer": "adamw_8bit"}, {}, {}, "model.optimizer", "adamw"),
     ({}, {"batch_size": 8}, {}, "data.batch_size", "4"),
     ({}, {"validation_share": 0.2, "source": "rows.jsonl"}, {}, "data.source", "rows"),
-    ({}, {"seed": 5}, {}, "data.seed", "42"),
+    ({}, {"validation_share": 0.2, "source": "rows.jsonl", "seed": 5}, {}, "data.seed", "42"),
     ({}, {}, {"accumulate_grad_batches": 2}, "trainer.accumulate_grad_batches", "1"),
 ]
 

@@ -268,6 +268,11 @@ def _find_files(source: Source) -> dict[str, list[Path]] | None:
     return files
 
 
+def matching(pattern: Path) -> list[Path]:
+    """The files and folders that a pattern names, in order; ``**`` stands for any folders between."""
+    return [Path(name) for name in sorted(glob.glob(str(pattern), recursive=True))]  # noqa: PTH207  # of any folder
+
+
 def _files_here(source: Source) -> dict[str, list[Path]] | None:
     if source.path == "demo":
         return {"train": [demo.TRAIN], "test": [demo.TEST]}
@@ -278,8 +283,7 @@ def _files_here(source: Source) -> dict[str, list[Path]] | None:
         return splits.in_folder(within) if within else _refuse_name(path, source.name)
     if path.exists():
         return {"train": [path]}
-    found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207  # of any folder
-    if found:
+    if found := matching(path):
         return splits.by_names(splits.data_among(found) or found)
     if _looks_like_hub_id(source.path):
         return None

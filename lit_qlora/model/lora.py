@@ -301,8 +301,8 @@ def read_record(folder: Path) -> dict[str, Any]:
             )
         _check_unaltered(folder, record, lora_config.REMEDY)
     else:
-        told = config.get("base_model_name_or_path")
-        record["base"] = told if isinstance(told, str) and told.strip() else None
+        of = config.get("base_model_name_or_path")
+        record["base"] = of if isinstance(of, str) and of.strip() else None
         record |= chosen(_template_in(folder)).record()
     lora_config.check(folder, config)
     stored = stored_shapes(folder)
@@ -350,10 +350,12 @@ def _template_in(folder: Path) -> str | None:
             return alone.read_text(encoding="utf-8")
     except (ValueError, OSError) as error:
         raise UserError(f"{alone.name} can't be read: {unreadable(error)}", place=folder) from error
-    told = read_object(config, str(folder)).get("chat_template") if config.is_file() else None
-    if isinstance(told, list):  # of several: [{"name": …, "template": …}]
-        told = next((one.get("template") for one in told if isinstance(one, dict) and one.get("name") == "default"), "")
-    return told if isinstance(told, str) and told.strip() else None
+    found = read_object(config, str(folder)).get("chat_template") if config.is_file() else None
+    if isinstance(found, list):  # of several: [{"name": …, "template": …}]
+        found = next(
+            (one.get("template") for one in found if isinstance(one, dict) and one.get("name") == "default"), ""
+        )
+    return found if isinstance(found, str) and found.strip() else None
 
 
 def _check_unaltered(folder: Path, expected: Mapping[str, Any], remedy: str | None = None) -> None:

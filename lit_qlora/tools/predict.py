@@ -4,7 +4,6 @@ Prompts of similar length are answered together. Batches and samples are a funct
 process that resumes after a kill gives the same output.
 """
 
-import glob
 import hashlib
 import json
 import re
@@ -20,7 +19,7 @@ from lit_qlora.data.files import ARROW, COMPRESSED, ENDINGS, Row
 from lit_qlora.data.forms import check_columns
 from lit_qlora.data.records import Counts
 from lit_qlora.data.row import read_row
-from lit_qlora.data.sources import Source, SourceOption, find_splits, read_source, sources_of
+from lit_qlora.data.sources import Source, SourceOption, find_splits, matching, read_source, sources_of
 from lit_qlora.data.splits import FILES
 from lit_qlora.errors import UserError, require
 from lit_qlora.model.generate import Sampling
@@ -244,8 +243,8 @@ def read_prompts(prompts: SourceOption, columns: Mapping[str, str] | None = None
 def _rows_of(source: Source, columns: Sequence[str]) -> list[Row]:
     path = Path(source.path).expanduser()
     if path.suffix.lower() == ".txt" and not source.is_on_hub:
-        files = [] if path.exists() else sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207  # of any folder
-        return [line for file in files or [str(path)] for line in _lines_of(Path(file))]
+        files = [] if path.exists() else matching(path)
+        return [line for file in files or [path] for line in _lines_of(file)]
     if path.is_file() and not path.name.lower().endswith((*FILES, *COMPRESSED, ARROW)):
         raise UserError(f"the ending is {path.suffix!r}, expected one of .txt, {', '.join(ENDINGS)}", place=path)
     splits = find_splits(source)

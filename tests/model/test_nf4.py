@@ -47,7 +47,9 @@ def test_values_that_begin_within_a_word_are_left_to_bitsandbytes():
 def test_states_made_elsewhere_are_left_to_bitsandbytes(other):
     from lit_qlora.model import nf4
 
-    values, state = functional.quantize_4bit(torch.randn(64, 64, device="cuda"), quant_type="nf4")
+    weight = torch.randn(64, 64, device="cuda")
+    values, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    assert nf4.can_dequantise(values, state)
     if other == "dtype of nested scales":
         state.state2.dtype = torch.bfloat16
     elif other == "values apart":

@@ -134,8 +134,24 @@ class TimeLimit(StepCallback):
 
 
 class StopWithoutGain(EarlyStopping):
-    """A callback that ends the run after so many validations without a better held-out loss."""
+    """A callback that ends the run after so many validations without a better held-out loss.
+
+    Of several validations at one optimizer step, one counts: they score the same adapter.
+    """
+
+    _step = -1
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count the validation, unless the last one was at this step."""
+        if trainer.global_step != self._step:
+            self._step = trainer.global_step
+            super().on_validation_end(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Lightning's, and the step of the last validation."""
+        return {**super().state_dict(), "step": self._step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As Lightning's, but with the patience of the command line, not of the checkpoint."""
         super().load_state_dict({**state_dict, "patience": self.patience})
+        self._step = state_dict.get("step", -1)

@@ -1,6 +1,7 @@
 """Saves fall on the edge of a step and are whole; the best adapter is kept; whatever is resumed ends the same."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -175,6 +176,20 @@ def test_a_run_that_stopped_early_stays_stopped_unless_it_is_given_more_patience
     run, module = fit(patience, run.checkpoint(2))  # killed behind its last save, and started again
     assert run.saved_steps() == steps
     assert bool(module.seen) == (patience > 1)
+
+
+def test_two_validations_of_one_step_count_once_for_early_stopping(full_run, tiny, rows, tmp_path):
+    def fit(checkpoint=None):
+        stop = StopWithoutGain("val/loss", patience=2, mode="max")
+        options = {"accumulate_grad_batches": 2, "val_check_interval": 1}
+        parts = full_run(tmp_path / "run", 1, early=[stop], **options)
+        parts.trainer.fit(tiny(), datamodule=rows(12), ckpt_path=checkpoint)
+        return parts.run
+
+    run = fit()
+    assert run.saved_steps() == [1, 2]
+    shutil.rmtree(run.checkpoint(2))
+    assert fit(run.checkpoint(1)).saved_steps() == [1, 2]  # where the third micro-batch's is of step 1 again
 
 
 def test_a_damaged_checkpoint_is_written_anew_when_its_step_comes_again(full_run, tiny, rows, tmp_path):

@@ -321,10 +321,10 @@ class QLoRACLI(LightningCLI):
         return [
             *([OwnSignals()] if world().size > 1 else []),
             ShardChoice(),
-            KeepRecord(),
+            memory,
+            KeepRecord(),  # closes the last step at the end, behind whatever records one then
             guard,
             *figures,
-            memory,
             WarmupStep(),
             held_out,
             options.samples,

@@ -101,6 +101,16 @@ def test_a_run_from_start_to_answers(here: Path, capsys: pytest.CaptureFixture[s
     assert (here / "answers.jsonl").read_bytes() == before
 
 
+def test_a_run_without_validation_has_one_line_for_its_last_step(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--trainer.max_steps", "1", "--trainer.limit_val_batches", "0", "--samples.count", "0"]
+    assert main(["fit", "--run", "runs/mine", *SHORT, *options]) == 0
+    (line,) = read_lines(here / "runs" / "mine" / "metrics.jsonl")
+    assert line["step"] == 1 and {"train/loss", "memory/host_gib"} <= line.keys()
+    assert "\n\n\n" not in capsys.readouterr().out
+
+
 def test_rows_that_came_later_are_not_scored(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A share drawn anew from a source that grew would hold rows that were trained on."""
     fit = ["fit", "--run", "runs/mine", "--data.source", str(_rows(here / "rows.jsonl", 24)), *SHORT,

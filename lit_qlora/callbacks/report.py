@@ -159,7 +159,8 @@ class Report(Callback):
         self.checkpoints.drop_aside()
         (throughput,) = (callback for callback in trainer.callbacks if isinstance(callback, Throughput))  # type: ignore[attr-defined]
         self._keep_decisions({"training_s": throughput.training_s})
-        print("\n".join(["", *before_and_after(self.run), "", *last_samples(self.run), *self._closing()]), flush=True)
+        table = before_and_after(self.run)
+        print("\n".join(["", *(table and [*table, ""]), *last_samples(self.run), *self._closing()]), flush=True)
 
     def _closing(self) -> list[str]:
         peaks = [f"{name.replace('_', ' ')} {value:.2f}" for name, value in self.memory.peaks_gib.items()]

@@ -248,6 +248,31 @@ def check_adapter(run: RunFolder, lora: Lora, mirrored: Path | None, *, is_neede
             raise error.advise(f"move {run.adapter} away, and a copy or a new best takes its place") from error
 
 
+def check_score_settings(run: RunFolder, config: Mapping[str, Any]) -> None:
+    """Compare the configuration of a score with that of its run: which adapter is scored is said by one option, and
+    what has no effect is reported.
+
+    Args:
+        run: the run folder.
+        config: the full configuration of this start.
+
+    Raises:
+        UserError: another adapter to start from is given.
+    """
+    first = _first_settings(run)
+    if first is None:
+        return
+    was, adapter = (one["model"].get("adapter") for one in (first, config))
+    if adapter != was:
+        raise UserError(
+            f"expected that of the run's training ({was}), got {adapter}",
+            option="model.adapter",
+            remedy=f"give --ckpt_path {adapter} to score it",
+        )
+    if changed := settings.without_effect(first, config):
+        print(f"   run  without effect on a score: {'; '.join(map(str, changed))}", flush=True)
+
+
 def what_to_score(run: RunFolder, what: str) -> tuple[Path | None, Path | None]:
     """The adapter or the checkpoint that is to be scored: one or none of the two.
 

@@ -174,6 +174,7 @@ class QLoRACLI(LightningCLI):
         self.run = RunFolder(Path(options.run) if self.is_named else unnamed_run(config, options.model.base))
         if self.scores:
             check_scored(self.verb, options.trainer.limit_val_batches)
+            start.check_score_settings(self.run, self._config_to_keep() | {"max_time": options.max_time})
             adapter, self.resume_from = start.what_to_score(self.run, str(options.ckpt_path))
             if adapter or options.ckpt_path == "base":
                 options.model.adapter = str(adapter) if adapter else None

@@ -243,3 +243,21 @@ def test_what_is_scored_is_an_adapter_or_a_checkpoint(here, file, remedy, expect
     path.parent.mkdir(parents=True)
     path.write_text("{}")
     expect_error(lambda: start.what_to_score(RunFolder(here / "run"), "that"), "no adapter", remedy, option="ckpt_path")
+
+
+def test_a_score_reports_what_has_no_effect_on_it(capsys):
+    run = begun("run")
+    start.check_score_settings(run, changed(trainer__precision="32-true"))
+    assert not capsys.readouterr().out
+    start.check_score_settings(run, changed(model__rank=4, trainer__precision="32-true") | {"max_time": "00:01:00:00"})
+    found = capsys.readouterr().out
+    assert found == "   run  without effect on a score: max_time: None -> 00:01:00:00; model.rank: 16 -> 4\n"
+
+
+def test_a_score_refuses_an_adapter_to_start_from(expect_error):
+    config = changed(model__adapter="other")
+    expect_error(
+        lambda: start.check_score_settings(begun("run"), config), "other", "--ckpt_path other", option="model.adapter"
+    )
+    start.check_score_settings(begun("another", config), config)
+    start.check_score_settings(RunFolder(Path("nowhere")), config)

@@ -50,6 +50,15 @@ MAY_CHANGE: Mapping[str, str] = {
 }
 SOURCES = ("data.source", "data.validation_source")
 """Where rows are: may change as long as the rows are the same ones, which shows once they are read."""
+TRAINS_ONLY = (
+    "save_every_steps", "save_every_minutes", "keep_checkpoints", "mirror", "max_time", "max_nonfinite_losses",
+    "early_stopping", "samples", "model.rank", "model.alpha", "model.dropout", "model.target_modules", "model.rslora",
+    "model.dora", "model.learning_rate", "model.warmup_ratio", "model.schedule", "model.optimizer",
+    "model.weight_decay", "model.checkpointing", "model.offload", "trainer.max_epochs", "trainer.max_steps",
+    "trainer.accumulate_grad_batches", "trainer.gradient_clip_val", "trainer.gradient_clip_algorithm",
+    "trainer.limit_train_batches", "trainer.log_every_n_steps", "trainer.logger", "trainer.val_check_interval",
+)  # fmt: skip
+"""Options without effect on a score, in which an adapter has its own."""
 LONGEST_SHOWN = 200
 """Longest setting, in characters, that a message shows in full."""
 
@@ -93,6 +102,16 @@ def refused(
     others = [change for change in differences(was, now) if not _is_of(change.name, MAY_CHANGE)]
     is_moved = all(_is_of(change.name, SOURCES) for change in others)
     return [] if is_moved and others and are_same_rows() else others
+
+
+def without_effect(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
+    """The changes that a score of the run leaves out of account.
+
+    Args:
+        was: as in `differences`.
+        now: likewise.
+    """
+    return [change for change in differences(was, now) if _is_of(change.name, TRAINS_ONLY)]
 
 
 def _is_of(name: str, options: Iterable[str]) -> bool:

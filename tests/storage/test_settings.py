@@ -2,6 +2,7 @@
 
 import pytest
 
+from lit_qlora.signatures import options_of
 from lit_qlora.storage import settings
 from lit_qlora.storage.settings import MAY_CHANGE, differences
 
@@ -46,6 +47,10 @@ def test_everything_else_makes_another_run(name):
     was, now = nested(name, 1), nested(name, 2)
     assert refused(was, now) == [f"{name}: 1 -> 2"]
     assert refused(was, {}) == [f"{name}: 1 -> None"]
+
+
+def test_what_only_training_reads_is_named_by_its_option():
+    assert {name for name in settings.TRAINS_ONLY if name != "samples"} < {one.name for one in options_of("validate")}
 
 
 def test_a_section_that_may_change_may_change_in_all_its_parts():

@@ -164,6 +164,15 @@ def test_a_runs_base_that_is_elsewhere_now(tmp_path, monkeypatch, expect_error):
     expect_error(lambda: choose_adapter("mine", base="./gone"), "no folder './gone'", option="base")
 
 
+def test_an_adapter_in_its_run_has_the_base_of_the_run(tmp_path, trained):
+    run = RunFolder(Path(shutil.copytree(trained, tmp_path / "mine")))
+    base = shutil.copytree(demo.BASE, tmp_path / "base")
+    run.config.write_text(run.config.read_text().replace("base: demo", f"base: {base}"))
+    assert choose_adapter(adapter=str(run.adapter)).base.location == str(base)
+    elsewhere = shutil.copytree(run.adapter, tmp_path / "adapter")
+    assert choose_adapter(adapter=str(elsewhere)).base.location == str(demo.BASE)
+
+
 def test_nothing_on_standard_input_is_one_line(here, piped, capsys):
     piped(b"")
     assert main(["chat"]) == 2

@@ -90,10 +90,13 @@ def choose_adapter(run: str | None = None, adapter: str | None = None, base: str
     _say_imports()
     from lit_qlora.model.lora import read_format, read_record
 
-    named = base or read_record(Path(adapter))["base"]
+    # Its own record has a base's name alone, and a run the folder of a local one.
+    holder = RunFolder(Path(adapter).absolute().parent)
+    is_of_run = holder.adapter.name == Path(adapter).name and holder.config.is_file() and holder.has_begun()
+    named = base or (_options(holder)["model"]["base"] if is_of_run else read_record(Path(adapter))["base"])
     if named is None:
         raise UserError(f"{adapter} does not name its base", option="adapter", remedy="give --base")
-    its_base = _find(named, None if base else Path(adapter))
+    its_base = _find(named, None if base else holder.config if is_of_run else Path(adapter))
     chosen = ResolvedAdapter(its_base, Path(adapter), None, _options(None))
     prompts = read_format(chosen.adapter)
     if prompts.is_assumed:  # on standard error, since an answer may be piped

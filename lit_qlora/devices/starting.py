@@ -258,7 +258,7 @@ def _last_word(child: _Child, count: int) -> str:
     if child.said is not None:
         child.said.seek(0)
         said = child.said.read().decode(errors="replace").strip()
-    if code not in (2, LOST):
+    if said and code not in (2, LOST):
         return f"process {child.rank} of {count}:\n{said}"
     if said:  # which names the process
         return said.splitlines()[-1]

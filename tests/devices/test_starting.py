@@ -268,6 +268,10 @@ def test_a_fault_is_shown_whole() -> None:
     assert err.startswith("process 1 of 2:\nTraceback") and "ZeroDivisionError" in err
 
 
+def test_one_that_ends_without_a_word_is_named() -> None:
+    assert ended(started("sys.exit(3 if rank else 0)")) == (3, "", "error: process 1 of 2: ended with status 3\n")
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_that_is_killed_is_named_and_the_others_end(rank: int) -> None:
     process = started("time.sleep(60)")

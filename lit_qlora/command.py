@@ -4,6 +4,7 @@ whether it may go on with the run.
 Asked before anything heavy is imported. Knows no option's meaning, and no model.
 """
 
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from shlex import quote
@@ -40,11 +41,15 @@ REMEDY = "put that line right, or take it out"
 
 
 class Command(NamedTuple):
-    """A command line from its verb on, and the run that gives the other options; ``is_newest`` where it names none."""
+    """A command line from its verb on, and the run that gives the other options; ``is_newest`` where it names none.
+
+    ``started_at`` is by ``time.monotonic``.
+    """
 
     args: list[str]
     kept: RunFolder | None = None
     is_newest: bool = False
+    started_at: float = 0.0
 
 
 def complete(args: list[str]) -> Command:
@@ -58,6 +63,7 @@ def complete(args: list[str]) -> Command:
     Raises:
         UserError: for a config file with a mistake, and a run that is not there.
     """
+    started_at = time.monotonic()  # before imports that take seconds
     verb, rest = args[0], args[1:]
     rest = configs_first(rest, find_config)
     config, name, kept = option(rest, *CONFIG), option(rest, "--run"), None
@@ -80,7 +86,7 @@ def complete(args: list[str]) -> Command:
             found = yaml.safe_load(Path(file).read_text(encoding="utf-8-sig")).get("run")
             run = run if found is None else named_folder(str(found))
     is_newest = kept is not None and name is None
-    return Command([verb, *rest, *(["--run", str(run)] if run else [])], kept, is_newest)
+    return Command([verb, *rest, *(["--run", str(run)] if run else [])], kept, is_newest, started_at)
 
 
 def kept_options(run: RunFolder) -> dict[str, Any]:

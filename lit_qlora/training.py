@@ -3,7 +3,6 @@
 ``main(args)`` runs one of them in-process. Knows how the parts are assembled, and nothing of what they do.
 """
 
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
@@ -108,7 +107,6 @@ class QLoRACLI(LightningCLI):
         self.stack = stack
         self.run: RunFolder
         self.resume_from: Path | None = None
-        self.started_at = time.monotonic()
         self.mirror: Mirror | None = None
         self.mirrored: Path | None = None
         """Where the mirror has the adapter."""
@@ -313,7 +311,7 @@ class QLoRACLI(LightningCLI):
         if self.mirror:
             checkpoints.on_saved = self.mirror.push
         self.checkpoints, stop = checkpoints, StopOnSignal(checkpoints)
-        limits = [TimeLimit(max_time_s(options.max_time), self.started_at, stop)] if options.max_time else []
+        limits = [TimeLimit(max_time_s(options.max_time), self.command.started_at, stop)] if options.max_time else []
         memory, held_out, guard = PeakMemory(), HeldOutMetrics(), UpdateGuard(options.max_nonfinite_losses)
         patience = options.early_stopping
         early = [StopWithoutGain("val/loss", patience=patience)] if patience else []

@@ -7,8 +7,8 @@ import re
 from types import NoneType
 
 _NOUNS = (
-    "GPU answer character checkpoint conversation device epoch file layer machine prompt question row sample source "
-    "step text token turn"
+    "GPU answer character checkpoint conversation device epoch file layer line machine prompt question row sample "
+    "source step text token turn"
 )
 NOUNS = {f"{noun}s": noun for noun in _NOUNS.split()} | {"micro-batches": "micro-batch", "processes": "process"}
 

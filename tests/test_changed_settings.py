@@ -246,7 +246,7 @@ def test_what_was_done_behind_the_checkpoint_with_other_settings_is_no_part_of_t
     Path("whole.jsonl").replace("run/metrics.jsonl")
     assert main([*FIT, *LONGER]) == 0
     shown = capsys.readouterr()
-    assert "   run  run/metrics.jsonl: 5 lines after step 1 are replaced\n" in shown.out
+    assert "   run  run/metrics.jsonl: 5 lines after step 1 replaced\n" in shown.out
     assert "   run  run/adapter is of step 6, after step 2: put aside as run/adapter.before\n" in shown.out
     assert shown.err == ""
     assert "max_steps: 10" in Path("run/adapter/README.md").read_text()
@@ -304,7 +304,7 @@ def test_before_the_first_save_other_settings_begin_anew(here: Path, capsys: pyt
     Path("whole.jsonl").replace("run/metrics.jsonl")
     assert main([*FIT, *LONGER]) == 0
     shown = capsys.readouterr()
-    assert "   run  run/metrics.jsonl: 7 lines after step 0 are replaced\n" in shown.out
+    assert "   run  run/metrics.jsonl: 7 lines after step 0 replaced\n" in shown.out
     assert "   run  run/adapter is of step 6, after step 0: put aside as run/adapter.before\n" in shown.out
     assert [line["step"] for line in read_lines(Path("run/metrics.jsonl"))] == [*range(11)]
 
@@ -318,7 +318,7 @@ def test_the_same_settings_go_through_the_steps_behind_the_checkpoint_again(
     adapter = Path("run/adapter/adapter_model.safetensors").read_bytes()
     assert main([*FIT, "--save_every_steps", "3"]) == 0
     shown = capsys.readouterr()
-    assert "   run  run/metrics.jsonl: 5 lines after step 1 are replaced\n" in shown.out
+    assert "   run  run/metrics.jsonl: 5 lines after step 1 replaced\n" in shown.out
     assert shown.err == ""
     timed = ("speed/tokens_per_second", "memory/host_gib")
     lines = [

@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from lit_qlora.callbacks.stop import TimeLimit
 from lit_qlora.cli import main
 from lit_qlora.figures.lines import StepLines, read_lines
 from lit_qlora.place import DEMO_CONFIG
@@ -602,7 +604,12 @@ def test_max_time_ends_with_status_0_and_the_same_command_goes_on(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("lit_qlora.training.max_time_s", lambda text: {"00:00:00:01": 0.01}[text])
+        limit, times = "lit_qlora.training.TimeLimit", list[float]()
+        patch.setattr(limit, lambda *args: times.append(args[1]) or TimeLimit(*args))  # type: ignore[func-returns-value]
+        patch.setattr("lit_qlora.cli.import_module", lambda name: times.append(time.monotonic()) or import_module(name))  # type: ignore[func-returns-value]
         assert main([*FIT, "--max_time", "00:00:00:01"]) == 0  # over before the first step, which is done all the same
+    before_imports, started_at = times
+    assert 0 < before_imports - started_at < 60
     assert capsys.readouterr().out.endswith(
         "\nstopped and saved at step 1 by max_time; the same command resumes from here\n"
     )

@@ -13,6 +13,7 @@ from typing import Any
 
 from lit_qlora.console import complain, tell
 from lit_qlora.storage.files import SaveError, parse_json, sync_file, write_file
+from lit_qlora.wording import number_of
 
 
 class StepLines:
@@ -106,7 +107,10 @@ class StepLines:
             lost = f"its lines of the steps {last + 1} to {counted_on}, which the checkpoint relies on, are lost"
             complain(f"warning: {self.path}: {lost}")
         if num_behind:
-            print(f"   run  {self.path}: {num_behind} lines after step {max(counted_on, 0)} are replaced", flush=True)
+            print(
+                f"   run  {self.path}: {number_of(num_behind, 'lines')} after step {max(counted_on, 0)} replaced",
+                flush=True,
+            )
         self._put(content, b"".join(kept))
         self._last_step, self._unwritten = last, dict(state["unwritten"]) if state else {}
         self.write()

@@ -41,7 +41,10 @@ def test_without_a_checkpoint_all_lines_are_of_an_earlier_start(tmp_path, capsys
     path.write_text(lines_of(0, 1, 5))
     StepLines(path).go_back(None)
     assert path.read_bytes() == b""
-    assert capsys.readouterr().out == f"   run  {path}: 3 lines after step 0 are replaced\n"
+    assert capsys.readouterr().out == f"   run  {path}: 3 lines after step 0 replaced\n"
+    path.write_text(lines_of(0))
+    StepLines(path).go_back(None)
+    assert capsys.readouterr().out == f"   run  {path}: 1 line after step 0 replaced\n"
 
 
 def test_lines_behind_the_checkpoint_go_and_those_that_it_held_come(tmp_path, capsys):
@@ -52,7 +55,7 @@ def test_lines_behind_the_checkpoint_go_and_those_that_it_held_come(tmp_path, ca
     assert path.read_text() == lines_of(0, 3, 4)
     assert file.state_dict() == {"counted_on": 4, "unwritten": {}}
     told = capsys.readouterr()
-    assert (told.out, told.err) == (f"   run  {path}: 3 lines after step 3 are replaced\n", "")
+    assert (told.out, told.err) == (f"   run  {path}: 3 lines after step 3 replaced\n", "")
 
 
 def test_nothing_is_touched_before_it_is_known_where_to_go_back_to(tmp_path):

@@ -174,8 +174,13 @@ def check_same_run(
     """
     if others := settings.refused(was, now, are_same_rows):
         check_sources(as_sections(flat(now)).get("data", {}))
-        problem = f"{run.path} was started with other settings: {'; '.join(map(str, others))}"
-        raise UserError(problem, option="run", remedy="give --run NAME to start another run")
+        raise another_run(run, others)
+
+
+def another_run(run: RunFolder, changes: list[settings.Change]) -> UserError:
+    """The error for ``changes`` of settings that would make it another run than ``run``."""
+    problem = f"{run.path} was started with other settings: {'; '.join(map(str, changes))}"
+    return UserError(problem, option="run", remedy="give --run NAME to start another run")
 
 
 def check_elsewhere(options: Mapping[str, Any], place: Path, args: list[str]) -> None:

@@ -6,7 +6,8 @@ there; each of these mistakes is one there too, in the same words.
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,9 @@ def _check_with_kept(verb: str, values: Mapping[str, Any], kept: RunFolder, both
         if values.get(option):
             check_early_to_score(values[option], option, Reading.of(as_sections(both).get("data", {})))
         check_sources(as_sections(values).get("data", {}))
+    if verb in LEARNING and both.get("model.adapter"):
+        with _advising(kept, "model.adapter", "the adapter is"):
+            require_adapter(Path(both["model.adapter"]))
     if verb == "fit":
         _check_run(values, kept)
     if verb != "fit" or not (kept.finished_mark.exists() or values.get("mirror")):
@@ -137,12 +141,17 @@ def _check_kept_rows(verb: str, data: Mapping[str, Any], kept: RunFolder) -> Non
     """Raises UserError for rows of the run ``kept`` that are not where they were, as after a move of either."""
     needed = ("source",) if verb == "test" else ("source", "validation_source")
     for name in needed:
-        try:
+        with _advising(kept, f"data.{name}", "the rows are"):
             check_sources({name: data.get(name)})
-        except UserError as error:
-            raise error.advise(
-                f"{kept.path} has this path: give --data.{name} if the rows are elsewhere now"
-            ) from error
+
+
+@contextmanager
+def _advising(kept: RunFolder, option: str, what: str) -> Iterator[None]:
+    """Advise, in an error about the value of ``option`` in the run ``kept``, to say where it is now."""
+    try:
+        yield
+    except UserError as error:
+        raise error.advise(f"{kept.path} has this path: give --{option} if {what} elsewhere now") from error
 
 
 def _check_whole(verb: str, values: Mapping[str, Any], config: str | None) -> None:

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lit_qlora.command import check_same_run
+from lit_qlora.command import another_run, check_same_run
 from lit_qlora.console import complain
 from lit_qlora.data.datamodule import ChatDataModule
 from lit_qlora.data.sources import check_sources
@@ -19,7 +19,7 @@ from lit_qlora.model.base import Base, missing_bytes
 from lit_qlora.model.copies import Copies
 from lit_qlora.model.device import choose_precision, current_device
 from lit_qlora.model.fingerprint import fingerprint
-from lit_qlora.model.lora import Lora, read_weights
+from lit_qlora.model.lora import Lora, digest, read_weights
 from lit_qlora.model.lora_config import require_adapter
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.storage import settings
@@ -30,6 +30,9 @@ from lit_qlora.storage.files import require_room
 from lit_qlora.storage.run import RunFolder, folder_to_score
 from lit_qlora.storage.state import load_state
 from lit_qlora.wording import number_of
+
+BY_CHECKPOINT = ("model.base", "model.adapter", "trainer.precision", "trainer.max_steps", "trainer.max_epochs")
+"""Settings whose change matters or not by the run's newest checkpoint."""
 
 
 def choose_run(
@@ -73,19 +76,27 @@ def _another(
     first = _first_settings(run)
     if first is None:
         return []
-    names = ("model.base", "trainer.precision", "trainer.max_steps", "trainer.max_epochs")
-    changes = [change for change in settings.differences(first, config) if change.name in names]
-    record = _record(run) if changes else {}
-    others = settings.refused(first, config, lambda: data.changed_since(run.rows) == []) + [
-        change for change in changes if _matters(change.name, run, record, config, base)
-    ]
+    others = settings.refused(first, config, lambda: data.changed_since(run.rows) == [])
+    others += _unlike_checkpoint(run, first, config, base)
     return [*map(str, others)] or (data.changed_since(run.rows) if run.finished() else None) or []
+
+
+def _unlike_checkpoint(
+    run: RunFolder, first: Mapping[str, Any], config: Mapping[str, Any], base: Base
+) -> list[settings.Change]:
+    """The changes of settings with which the run's newest checkpoint can't resume."""
+    changes = [change for change in settings.differences(first, config) if change.name in BY_CHECKPOINT]
+    record = _record(run) if changes else {}
+    return [change for change in changes if _matters(change.name, run, record, config, base)]
 
 
 def _matters(name: str, run: RunFolder, record: Mapping[str, Any], config: Mapping[str, Any], base: Base) -> bool:
     """True if the run's newest checkpoint can't resume with the change of setting ``name``."""
     if name == "model.base":
         return not record or record["base"] != fingerprint(base)
+    if name == "model.adapter":
+        adapter = config["model"]["adapter"]
+        return not record or record.get("adapter") != (digest(Path(adapter)) if adapter else None)
     if not record:
         return False
     if name == "trainer.precision":
@@ -102,13 +113,14 @@ def _matters(name: str, run: RunFolder, record: Mapping[str, Any], config: Mappi
     )
 
 
-def check_against_first(run: RunFolder, config: dict[str, Any], data: ChatDataModule) -> None:
+def check_against_first(run: RunFolder, config: dict[str, Any], base: Base, data: ChatDataModule) -> None:
     """Compare a start's configuration with that of the run's first start, and report changes of settings that may
     change.
 
     Args:
         run: the run folder, locked.
         config: the full configuration of this start.
+        base: its base.
         data: its rows.
 
     Raises:
@@ -126,6 +138,8 @@ def check_against_first(run: RunFolder, config: dict[str, Any], data: ChatDataMo
     check_same_run(run, first, config, lambda: data.changed_since(run.rows) == [])
     finished = run.finished()
     if finished and _stays_finished(finished, finished.get("lengths", lengths(first)), lengths(config)):
+        if others := _unlike_checkpoint(run, first, config, base):
+            raise another_run(run, others)
         if changes := data.changed_since(run.rows):
             raise UserError(
                 f"{run.path} is finished, and its conversations changed since ({'; '.join(changes)})",

@@ -229,7 +229,7 @@ class QLoRACLI(LightningCLI):
             self.mirror.open(config, lambda file: self.datamodule.changed_since(file) == [])
             self.mirrored = self.mirror.copy.adapter
         try:
-            start.check_against_first(self.run, config, self.datamodule)
+            start.check_against_first(self.run, config, self.model.base, self.datamodule)
         except SystemExit:  # finished
             start.check_adapter(self.run, self.model.lora, self.mirrored, is_needed=True)
             print(*next_step(self.run), sep="\n")

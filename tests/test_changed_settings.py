@@ -134,6 +134,37 @@ def test_a_copy_of_the_base_is_the_same_base(here: Path, capsys: pytest.CaptureF
     assert "   run  changed: model.base: base -> moved\n" in capsys.readouterr().out
 
 
+def test_a_copy_of_the_adapter_to_start_from_is_the_same_adapter(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree("run/adapter", "start")
+    fit = [*take_option(FIT, "--run")[1], "--run", "./next"]
+    assert main([*fit, "--model.adapter", "start", "--trainer.max_steps", "2"]) == 0
+    Path("start").rename("moved")
+    capsys.readouterr()
+    assert main(["fit", "--run", "./next", "--trainer.max_steps", "6"]) == 2
+    advice = "start is no adapter: it has no adapter_config.json; next has this path: give --model.adapter if"
+    assert advice in capsys.readouterr().err
+    fit += ["--model.adapter", "moved", "--trainer.max_steps", "4"]
+    assert main(fit) == 0
+    assert "   run  changed: model.adapter: start -> moved; trainer.max_steps: 2 -> 4\n" in capsys.readouterr().out
+    another = ["--model.adapter", "next/adapter"]
+    for done in (True, False):
+        if not done:
+            Path("next/finished.json").unlink()
+        assert main([*take_option(fit, "--model.adapter")[1], *another]) == 2
+        told = "model.adapter: start -> next/adapter" if done else "its adapter changed: "
+        assert told in capsys.readouterr().err
+
+
+def test_a_finished_run_refuses_another_base(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(FIT) == 0
+    shutil.copytree("base", "other")
+    config = json.loads(Path("other/config.json").read_text())
+    Path("other/config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    assert "model.base: base -> other" in refusal(capsys, "--model.base", "other")
+
+
 def test_rows_elsewhere_are_the_same_rows(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("drive").mkdir()
     for name in ("rows", "held_out"):

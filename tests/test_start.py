@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -89,13 +90,13 @@ def test_a_finished_run_whose_rows_changed_is_another_one(capsys: pytest.Capture
     run = finished("runs/demo", "mine.jsonl")
     assert chosen(CONFIG, source="mine.jsonl") == "runs/demo"
     with pytest.raises(SystemExit, match="0"):
-        start.check_against_first(run, CONFIG, ChatDataModule("mine.jsonl", tokenizer=demo.BASE))
+        start.check_against_first(run, CONFIG, DEMO, ChatDataModule("mine.jsonl", tokenizer=demo.BASE))
     write_rows(11)
     capsys.readouterr()
     assert chosen(CONFIG, source="mine.jsonl") == "runs/demo-2"
     assert capsys.readouterr().out.startswith("   run  runs/demo differs: to learn: ")
     with pytest.raises(UserError) as refused:
-        start.check_against_first(run, CONFIG, ChatDataModule("mine.jsonl", tokenizer=demo.BASE))
+        start.check_against_first(run, CONFIG, DEMO, ChatDataModule("mine.jsonl", tokenizer=demo.BASE))
     assert refused.value.option == "data.source"
     assert "new conversations" in str(refused.value)
     assert "--run NAME" in str(refused.value)
@@ -150,6 +151,9 @@ def test_the_mirror_has_runs_too_where_this_machine_lost_them() -> None:
         ({}, changed(model__base="other"), "runs/demo-2"),  # nothing says what base it was
         ({"base": fingerprint(DEMO)}, changed(model__base="copy"), "runs/demo"),
         ({"base": "v2-full-0-0"}, changed(model__base="other"), "runs/demo-2"),
+        ({"base": "v2", "adapter": sha256(b"start").hexdigest()}, changed(model__adapter="start"), "runs/demo"),
+        ({"base": "v2", "adapter": None}, changed(model__adapter="start"), "runs/demo-2"),
+        ({}, changed(model__adapter="start"), "runs/demo-2"),
         ({"precision": "32-true"}, changed(trainer__precision="32-true"), "runs/demo"),
         ({"precision": "bf16-mixed"}, changed(trainer__precision="32-true"), "runs/demo-2"),
         ({"steps": 9, "settings": CONFIG}, changed(trainer__max_steps=8), "runs/demo-2"),
@@ -161,6 +165,8 @@ def test_what_the_checkpoint_would_refuse_makes_another_run(
     monkeypatch: pytest.MonkeyPatch, record: dict[str, Any], config: dict[str, Any], expected: str
 ) -> None:
     begun("runs/demo")
+    Path("start").mkdir()
+    Path("start", "adapter_model.safetensors").write_bytes(b"start")
     monkeypatch.setattr(start, "_record", lambda _: record)
     assert chosen(config) == expected
 
@@ -178,9 +184,11 @@ def test_rows_that_are_not_there_are_reported_before_a_difference(capsys: pytest
         with pytest.raises(UserError, match=r"nope\.jsonl: no such file"):
             chosen(wrong)
         with pytest.raises(UserError, match=r"nope\.jsonl: no such file"):
-            start.check_against_first(run, wrong, ChatDataModule())
+            start.check_against_first(run, wrong, DEMO, ChatDataModule())
     with pytest.raises(UserError, match=r"model\.rank: 16 -> 8; give --run NAME"):  # the hub is not asked
-        start.check_against_first(run, changed(model__rank=8) | {"data": {"source": "owner/name"}}, ChatDataModule())
+        start.check_against_first(
+            run, changed(model__rank=8) | {"data": {"source": "owner/name"}}, DEMO, ChatDataModule()
+        )
     assert capsys.readouterr().out == ""
 
 

@@ -1,8 +1,8 @@
 """Owns the identity of a run in its checkpoints, and the refusal to resume from another run's.
 
-Base, tokenizer, prompt format, rows and precision are compared by content, not by name: a copy of a base elsewhere is
-the same base. All but the base, whose weights may not be downloaded yet, is compared before anything is loaded. Knows
-no file format.
+Base, adapter to start from, tokenizer, prompt format, rows and precision are compared by content, not by name: a copy
+of a base elsewhere is the same base. All but the base, whose weights may not be downloaded yet, is compared before
+anything is loaded. Knows no file format.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,6 +22,7 @@ from lit_qlora.wording import number_of
 
 REMEDY = {
     "base": "give that base with --model.base",
+    "adapter": "give with --model.adapter the one that the run began with, or a copy of it",
     "tokenizer": "give a base with that tokenizer",
     "prompt_format": "give the data.template that the run began with, in the version of this project that began it",
     "train_rows": "give the rows that the run began with",
@@ -133,7 +134,7 @@ class RunIdentity(Callback):
 def _record(checkpoint: dict[str, Any], folder: object) -> dict[str, Any]:
     """The record of the run in ``checkpoint``, from ``folder``. Raises UserError if it is incomplete."""
     found = checkpoint[RUN]
-    missing = {*REMEDY, "base_name", "steps"} - (found.keys() if isinstance(found, dict) else set())
+    missing = {*REMEDY, "base_name", "steps"} - {"adapter", *(found if isinstance(found, dict) else ())}
     if missing:
         raise UserError(
             f"{folder} was altered: its record of the run has no {min(missing)}",
@@ -151,6 +152,7 @@ def _describe_base(module: Any) -> dict[str, Any]:
 def _describe_data(trainer: Trainer) -> dict[str, Any]:
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     return {
+        "adapter": trainer.lightning_module.adapter_digest,
         "tokenizer": data.encoder.rules_fingerprint(),
         "prompt_format": data.prompt_format.identity,
         **data.fingerprints(),
@@ -162,7 +164,7 @@ def _describe_data(trainer: Trainer) -> dict[str, Any]:
 def _compare(was: dict[str, Any], now: dict[str, Any], changes: Callable[[], Mapping[str, str]] = dict) -> None:
     """Raises UserError for the first part of ``now`` that was another one; ``changes`` has words for some parts."""
     for part, remedy in REMEDY.items():
-        if part in now and was[part] != now[part]:
+        if part in now and was.get(part, now[part]) != now[part]:  # an earlier version recorded no adapter
             raise UserError(
                 f"its {part.replace('_', ' ')} changed: "
                 + (changes().get(part) or f"{_in_words(part, was)} -> {_in_words(part, now)}"),

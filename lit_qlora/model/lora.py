@@ -3,6 +3,7 @@
 Its weights are fp32. Knows no Trainer.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -106,6 +107,12 @@ def _settings(folder: Path) -> dict[str, Any]:
     """Rank, alpha, rslora and dora of an adapter, by its adapter_config.json."""
     config = read_object(folder / "adapter_config.json")
     return {name: config.get(key) or False for name, key in IN_CONFIG.items()}
+
+
+def digest(folder: Path) -> str:
+    """A sha256 over the weights of an adapter, by which a copy of it elsewhere is the same one."""
+    with (folder / WEIGHTS).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def ranks(folder: Path, num_layers: int) -> tuple[dict[str, int], ...]:

@@ -7,6 +7,7 @@ Driven by the command line's Trainer or Lightning's own; precision is the Traine
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -197,6 +198,11 @@ class QLoRAModule(LearnsInParts):
             if self.adapter:
                 lora.check_settings(self.adapter, self.lora)
         self._forget_layers()
+
+    @cached_property
+    def adapter_digest(self) -> str | None:
+        """The `lora.digest` of the adapter to start from; None without one."""
+        return lora.digest(self.adapter) if self.adapter else None
 
     @property
     def _data(self) -> Any:

@@ -47,6 +47,7 @@ MAY_CHANGE: Mapping[str, str] = {
     "trainer.max_steps": "longer is allowed, shorter is not",
     "trainer.precision": "auto and its choice are the same",
     "model.base": "a copy elsewhere is the same base, and has the same tokenizer",
+    "model.adapter": "a copy elsewhere is the same adapter",
 }
 SOURCES = ("data.source", "data.validation_source")
 """Where rows are: may change as long as the rows are the same ones, which shows once they are read."""

@@ -37,7 +37,7 @@ def test_what_may_change_is_told(name):
         *("seed_everything", "data.source", "data.validation_source", "data.validation_share", "data.system"),
         *("data.train_on", "data.max_length", "data.batch_size", "data.batch_tokens", "data.form"),
         *("model.rank", "model.alpha", "model.dropout", "model.target_modules", "model.rslora", "model.dora"),
-        *("model.adapter", "model.learning_rate", "model.warmup_ratio", "model.schedule", "model.optimizer"),
+        *("model.learning_rate", "model.warmup_ratio", "model.schedule", "model.optimizer"),
         *("model.weight_decay", "model.attention", "trainer.accumulate_grad_batches", "trainer.gradient_clip_val"),
         *("trainer.limit_train_batches", "trainer.limit_val_batches", "an.option.of.tomorrow"),
         *("mirrors", "model.base_revision", "trainer.max_steps_more"),  # no name is taken by its beginning

@@ -251,6 +251,16 @@ def join(gpu: int | None) -> None:
         _host_group.append(distributed.new_group(backend="gloo", timeout=SLOW))
 
 
+def _group() -> Any:
+    """The processes that `join` made acquainted. Raises UserError in a script, which calls no `join`."""
+    if not _host_group:
+        raise UserError(
+            f"WORLD_SIZE={world().size} in the environment: several processes were started, and a script is for one",
+            remedy=f"start it by itself; {COMMAND} fit trains on several devices",
+        )
+    return _host_group[0]
+
+
 def leave() -> None:
     """Leave the other processes."""
     if _host_group:
@@ -366,7 +376,7 @@ def _reduced(values: Any, how: str) -> list[float]:
 
     found = torch.tensor([*values], dtype=torch.float64)
     with peers():
-        work = distributed.all_reduce(found, getattr(distributed.ReduceOp, how), group=_host_group[0], async_op=True)
+        work = distributed.all_reduce(found, getattr(distributed.ReduceOp, how), group=_group(), async_op=True)
         pause_s = 2e-5
         while not work.is_completed():  # torch's own wait lets no signal through, and another may be long in coming
             time.sleep(pause_s)
@@ -384,7 +394,7 @@ def gathered(value: T) -> list[T]:
     found: list[Any] = [None] * world().size
     _reduced([0], "MAX")  # waits for the others as objects' own calls can't: so that signals are heard
     with peers():
-        distributed.all_gather_object(found, value, group=_host_group[0])
+        distributed.all_gather_object(found, value, group=_group())
     return found
 
 
@@ -397,7 +407,7 @@ def from_first(value: T) -> T:
     box = [value]
     _reduced([0], "MAX")  # waits for the others as objects' own calls can't: so that signals are heard
     with peers():
-        distributed.broadcast_object_list(box, 0, group=_host_group[0])
+        distributed.broadcast_object_list(box, 0, group=_group())
     return box[0]
 
 

@@ -33,6 +33,7 @@ from lit_qlora.errors import UserError
 from lit_qlora.signals import leave_in_one_line
 from lit_qlora.storage.files import SaveError
 from tests.devices.several import run_several
+from tests.expect import ExpectError
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,6 +52,15 @@ def test_one_process_agrees_with_itself_without_torch_distributed() -> None:
     """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "said\nFalse\n"
+
+
+@pytest.mark.parametrize("agree", [lambda: highest(1), lambda: gathered(1), lambda: from_first(1)])
+def test_a_script_that_was_started_as_several_is_refused(
+    monkeypatch: pytest.MonkeyPatch, agree: Callable[[], object], expect_error: ExpectError
+) -> None:
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    expect_error(agree, "WORLD_SIZE=2", "a script is for one", "main.py fit")
 
 
 @pytest.mark.parametrize("left", [["WORLD_SIZE"], ["WORLD_SIZE", "RANK"], ["WORLD_SIZE", "LOCAL_RANK"]])

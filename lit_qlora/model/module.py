@@ -83,7 +83,8 @@ class QLoRAModule(LearnsInParts):
         offload: with checkpointing auto, copy a part of the results that don't fit on the card to the host's memory,
             instead of recomputing them.
         own_layers: use this project's decoder layers, which compute in 16 bits and include LoRA; false: those of
-            transformers and peft, slower and with more memory; results are the same up to rounding.
+            transformers and peft, slower and with more memory; results are the same up to rounding, but with dropout
+            other values are dropped.
         loss_rows: number of tokens whose logits are computed at a time; has no effect on the result.
         compile: one GPU kernel per norm, activation and rotation; auto: on a GPU.
         cuda_graphs: record a step's kernels once per shape of a micro-batch and start them together, for a GPU that is

@@ -33,7 +33,7 @@ MAY_CHANGE: Mapping[str, str] = {
     "model.offload": "keeps the same results elsewhere",
     "model.cuda_graphs": "the same kernels, started together",
     "model.loss_rows": "the same sums, in parts of another size",
-    "model.own_layers": "the same up to rounding",
+    "model.own_layers": "the same up to rounding, without dropout",
     "model.shard": "where the base is, not what it computes",
     "model.shard_to": "where the base is, not what it computes",
     "model.quantized_cache": "a copy holds the same bits",

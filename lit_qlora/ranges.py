@@ -86,7 +86,10 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (LIMIT, lambda value: value == 0 or _is_limit(value), "trainer.limit_val_batches"),
     ("a number from 1, auto, or a list of GPUs' numbers", _are_devices, "trainer.devices"),
     ("a row's number, or FILE:NUMBER", lambda value: bool(re.search(r"(^|[: ])\d+$", value)), "row"),
-    ("two numbers as in 8.6", lambda value: bool(re.fullmatch(r"\d+\.\d", value)), "gpu-capability"),
+    (
+        "two numbers as in 8.6, from 6.0 on, where bitsandbytes begins",
+        lambda value: bool(re.fullmatch(r"\d+\.\d", value)) and float(value) >= 6, "gpu-capability",
+    ),
     ("DD:HH:MM:SS, such as 00:03:30:00", lambda value: max_time_s(value) > 0, "max_time"),
     ("a folder, named in one line", _is_named, "run model.adapter"),
     ("a folder, named in one line (no URL: mount what is elsewhere)", _is_folder, "mirror"),

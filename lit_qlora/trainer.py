@@ -30,7 +30,7 @@ from lit_qlora.devices.asked import (
 from lit_qlora.devices.strategy import Replicas
 from lit_qlora.devices.world import world
 from lit_qlora.errors import UserError, one_line
-from lit_qlora.model.device import AMPERE, choose_precision, current_device, decides_for_another
+from lit_qlora.model.device import AMPERE, check_kernels, choose_precision, current_device, decides_for_another
 from lit_qlora.model.script import CHANGING, FIGURES, check_monitored, refuse_kinds
 from lit_qlora.options import OneLineErrors, quoted
 from lit_qlora.place import COMMAND
@@ -187,6 +187,7 @@ class QLoRATrainer(Trainer):
         device = current_device(accelerator)
         if accelerator in GPUS and device.capability is None:
             raise no_gpu(accelerator)
+        check_kernels(device)
         gpus, here = find_gpus(devices, num_nodes, accelerator), world()
         self.num_processes = count_processes(devices, num_nodes, accelerator)
         """Over which the micro-batches of a step are dealt."""

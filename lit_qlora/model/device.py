@@ -6,6 +6,7 @@
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +24,8 @@ Attention = Literal["sdpa", "eager", "flash_attention_2"]
 
 AMPERE = (8, 0)
 """The first compute capability with bf16 tensor cores and FlashAttention 2. A T4 is 7.5."""
+TRITON = (7, 0)
+"""The first for which triton compiles."""
 
 
 class Device(NamedTuple):
@@ -70,6 +73,34 @@ def current_device(accelerator: str = "auto") -> Device:
         return Device("CPU", None)
     room_bytes = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
     return Device(torch.cuda.get_device_name(), torch.cuda.get_device_capability(), room_bytes)
+
+
+def lacks_kernels(capability: tuple[int, int]) -> str | None:
+    """Why this build of torch can't compute on a GPU of that compute capability; None if it can."""
+    built = filter(None, (re.fullmatch(r"sm_(\d+)(\d)[a-z]?", name) for name in torch.cuda.get_arch_list()))
+    oldest = min(((int(one[1]), int(one[2])) for one in built), default=capability)
+    if capability >= oldest:
+        return None
+    shown, least = (f"{major}.{minor}" for major, minor in (capability, oldest))
+    return f"compute capability {shown}, and torch {torch.__version__} has kernels from {least} on"
+
+
+OTHER_CARD = "take another card, such as a T4, or a build of torch that has kernels for this one"
+
+
+def check_kernels(device: Device) -> None:
+    """Check that torch can compute on a device.
+
+    Args:
+        device: to compute on.
+
+    Raises:
+        UserError: this build of torch has no kernels for a GPU that old.
+    """
+    lack = lacks_kernels(device.capability) if device.capability and device.is_here else None
+    if lack:
+        remedy = f"{OTHER_CARD}, or give --trainer.accelerator cpu"
+        raise UserError(f"{device.name} has {lack}", option="trainer.accelerator", remedy=remedy)
 
 
 FAST_IN_BF16_FROM = 20_000_000
@@ -150,9 +181,15 @@ def check_attention(attention: Attention, device: Device) -> None:
         raise UserError("flash_attention_2 needs the package flash-attn", option="model.attention", remedy="use sdpa")
 
 
-def compiler_lacks(on_gpu: bool) -> list[str]:
-    """What torch's compiler lacks here: a C compiler; for kernels of a GPU triton and headers, too."""
+def compiler_lacks(capability: tuple[int, int] | None) -> list[str]:
+    """What torch's compiler lacks here: a C compiler; for kernels of a GPU triton and headers, too.
+
+    Args:
+        capability: of the GPU; None for a CPU.
+    """
+    on_gpu = capability is not None
     missing = [] if not on_gpu or importlib.util.find_spec("triton") else ["triton"]
+    missing += ["a GPU of compute capability 7.0"] if capability and capability < TRITON else []
     names = (os.environ.get("CC", "cc"), "gcc", "clang") if on_gpu else (os.environ.get("CXX", "g++"), "clang++")
     missing += [] if any(map(shutil.which, names)) else ["a C compiler"]
     headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
@@ -173,7 +210,7 @@ def check_compile(wanted: bool | str, device: Device) -> str | None:
     on_gpu = device.capability is not None
     if not device.is_here or wanted is False or (wanted == "auto" and not on_gpu):
         return None
-    missing = " and ".join(compiler_lacks(on_gpu))
+    missing = " and ".join(compiler_lacks(device.capability))
     if missing and wanted is True:
         raise UserError(
             f"true needs {missing}", option="model.compile", remedy="install gcc and python3-dev, or give false"

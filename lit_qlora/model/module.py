@@ -33,6 +33,7 @@ from lit_qlora.model.device import (
     Attention,
     check_attention,
     check_compile,
+    check_kernels,
     choose_precision,
     compute_dtype,
     current_device,
@@ -259,6 +260,7 @@ class QLoRAModule(LearnsInParts):
         if self._attached:
             return compute_dtype(str(self.trainer.precision)), self.trainer.strategy.root_device
         device = current_device()
+        check_kernels(device)
         precision, _ = choose_precision("auto", device, self.base.shape.num_parameters)
         return compute_dtype(precision), torch.device("cuda" if device.capability else "cpu")
 

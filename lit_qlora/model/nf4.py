@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lit_qlora.model.device import AMPERE
+from lit_qlora.model.device import AMPERE, TRITON
 
 WORDS = 256
 """Words of 8 values that one program dequantises: two for each of its threads."""
@@ -47,9 +47,10 @@ def dequantise(values: Tensor, state: Any, offset: Tensor | None) -> Tensor:
 def can_dequantise(values: Tensor, state: Any) -> bool:
     """True for NF4 in whole words, with scales in fp32, nested or not: what bitsandbytes makes of usual shapes.
 
-    Not into bf16 below compute capability 8.0, which can't round to it; 4-bit files made elsewhere may ask for it.
+    Not on a GPU too old for triton. Not into bf16 below compute capability 8.0, which can't round to it; 4-bit files
+    made elsewhere may ask for it.
     """
-    if state.dtype == torch.bfloat16 and torch.cuda.get_device_capability(values.device) < AMPERE:
+    if torch.cuda.get_device_capability(values.device) < (AMPERE if state.dtype == torch.bfloat16 else TRITON):
         return False
     # Nested scales are rounded to the dtype of their own state before the offset is added.
     dtypes = {state.state2.dtype, state.state2.absmax.dtype} if state.nested else {state.absmax.dtype}

@@ -13,7 +13,9 @@ from lit_qlora.model.device import (
     Device,
     check_attention,
     check_compile,
+    check_kernels,
     choose_precision,
+    compiler_lacks,
     compute_dtype,
     current_device,
     seed_by_position,
@@ -131,6 +133,38 @@ def test_without_a_compiler_auto_goes_without_and_says_why(monkeypatch, wanted, 
 def test_with_a_compiler_nothing_is_said(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/" + name)
     assert check_compile(True, CPU) is None
+
+
+@pytest.mark.parametrize(
+    ("built", "capability", "expected"),
+    [
+        (["sm_75", "sm_80", "sm_90a", "compute_120"], (7, 0), "compute capability 7.0, and torch"),
+        (["sm_75", "sm_80"], (7, 5), None),
+        (["sm_75", "sm_80"], (12, 0), None),
+        (["sm_50", "sm_60", "sm_100"], (6, 1), None),
+        (["sm_50", "sm_60", "sm_100"], (3, 7), "has kernels from 5.0 on"),
+        ([], (3, 7), None),
+    ],
+)
+def test_a_card_too_old_for_this_build_of_torch_is_refused(monkeypatch, built, capability, expected, expect_error):
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built)
+    card = Device("Tesla P100", capability)
+    if expected is None:
+        check_kernels(card)
+    else:
+        expect_error(lambda: check_kernels(card), "Tesla P100", expected, option="trainer.accelerator")
+
+
+def test_a_card_elsewhere_and_a_cpu_need_no_kernels(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75"])
+    for device in (CPU, Device("P100", (6, 0), is_here=False)):
+        check_kernels(device)
+
+
+def test_nothing_is_compiled_for_a_card_too_old_for_triton():
+    lack = "a GPU of compute capability 7.0"
+    assert lack in compiler_lacks((6, 0))
+    assert not any(lack in compiler_lacks(capability) for capability in ((7, 0), (7, 5), None))
 
 
 def test_compiling_that_is_asked_for_needs_a_compiler(monkeypatch, expect_error):

@@ -59,13 +59,16 @@ def test_states_made_elsewhere_are_left_to_bitsandbytes(other):
     assert not nf4.can_dequantise(values, state)
 
 
-def test_a_card_without_bf16_leaves_it_to_bitsandbytes(monkeypatch):
+@pytest.mark.parametrize(
+    ("capability", "dtypes"), [((6, 0), []), ((7, 5), [torch.float16]), ((8, 0), [torch.float16, torch.bfloat16])]
+)
+def test_an_older_card_leaves_it_to_bitsandbytes(monkeypatch, capability, dtypes):
     from lit_qlora.model import nf4
 
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     for dtype in (torch.float16, torch.bfloat16):
         weight = torch.randn(64, 64, device="cuda", dtype=dtype)
-        assert nf4.can_dequantise(*functional.quantize_4bit(weight, quant_type="nf4")) == (dtype == torch.float16)
+        assert nf4.can_dequantise(*functional.quantize_4bit(weight, quant_type="nf4")) == (dtype in dtypes)
 
 
 def test_a_layer_with_compiled_kernels_takes_it(make_model, monkeypatch):

@@ -372,7 +372,8 @@ def test_paged_state_goes_to_the_host(plan):
         (["--max_time", "soon"], "error: max_time: expected DD:HH:MM:SS"),
         (["--gpu", "t5"], "error: gpu: no card 't5' in the table"),
         (["--gpu-gib", "0"], "error: gpu-gib: expected a number of GiB above 0, got 0.0"),
-        (["--gpu-capability", "ampere"], "error: gpu-capability: expected two numbers as in 8.6, got 'ampere'"),
+        (["--gpu-capability", "ampere"], "error: gpu-capability: expected two numbers as in 8.6, from 6.0 on"),
+        (["--gpu-capability", "3.7"], "error: gpu-capability: expected two numbers as in 8.6, from 6.0 on"),
         (
             ["--gpu", "h100", "--gpu-capability", "7.5", "--trainer.precision", "bf16-mixed"],
             "error: trainer.precision: H100 has compute capability 7.5 and no bf16",

@@ -178,6 +178,8 @@ def gpu() -> Iterator[Finding]:
         if not torch.cuda.is_available():
             yield _no_gpu(torch, seen)
             return
+    from lit_qlora.model.device import OTHER_CARD, lacks_kernels
+
     capability, (free, total) = torch.cuda.get_device_capability(), torch.cuda.mem_get_info()
     text = (
         f"GPU: {torch.cuda.get_device_name()}, compute capability {capability[0]}.{capability[1]}, "
@@ -185,14 +187,14 @@ def gpu() -> Iterator[Finding]:
     )
     if torch.cuda.device_count() > 1:
         text += f"; the first of {torch.cuda.device_count()}"
-    if capability < (7, 5):
-        yield Finding("problem", f"{text}: below 7.5 bitsandbytes has no kernels", "take another card, such as a T4")
+    if lack := lacks_kernels(capability):
+        yield Finding("problem", f"{text}: it has {lack}", OTHER_CARD)
     elif free < 0.9 * total:
         yield Finding("note", f"{text}: another process holds the rest", "end it (nvidia-smi; a notebook's kernel?)")
     else:
         yield Finding("ok", text)
     yield from _several(torch)
-    yield from compiler()
+    yield from compiler(capability)
 
 
 def _several(torch: Any) -> Iterator[Finding]:
@@ -267,14 +269,11 @@ def _nvidia_smi(*args: str) -> str:
     return subprocess.run(["nvidia-smi", *args], capture_output=True, text=True, timeout=20, check=True).stdout
 
 
-def compiler() -> Iterator[Finding]:
-    """The tools for compiling kernels on a GPU: triton, a C compiler and Python's headers."""
-    try:
-        from lit_qlora.model.device import compiler_lacks
-    except Exception:  # reported with torch already
-        return
-    missing = compiler_lacks(on_gpu=True)
-    if missing:
+def compiler(capability: tuple[int, int]) -> Iterator[Finding]:
+    """The tools for compiling kernels for a GPU of that compute capability: triton, a C compiler, Python's headers."""
+    from lit_qlora.model.device import compiler_lacks
+
+    if missing := compiler_lacks(capability):
         text = f"compiled kernels: {' and '.join(missing)} missing"
         yield Finding("problem", text, "install gcc and python3-dev, or give --model.compile false")
 

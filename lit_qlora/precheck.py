@@ -123,8 +123,8 @@ def _given(verb: str, args: Sequence[str]) -> tuple[dict[str, Any], str | None]:
 def _check_with_kept(verb: str, values: Mapping[str, Any], kept: RunFolder, both: Mapping[str, Any]) -> None:
     """Raises UserError for wrong ``values`` where other options are those of ``kept``; ``both`` are all of these."""
     check_scored(verb, both.get("trainer.limit_val_batches"))
-    if verb not in LEARNING:
-        option = "data.validation_source" if verb == "validate" else "data.test_source"
+    option = {"validate": "data.validation_source", "test": "data.test_source"}.get(verb)
+    if option:
         if values.get(option):
             check_early_to_score(values[option], option, Reading.of(as_sections(both).get("data", {})))
         check_sources(as_sections(values).get("data", {}))
@@ -133,7 +133,9 @@ def _check_with_kept(verb: str, values: Mapping[str, Any], kept: RunFolder, both
             require_adapter(Path(both["model.adapter"]))
     if verb == "fit":
         _check_run(values, kept)
-    if verb != "fit" or not (kept.finished_mark.exists() or values.get("mirror")):
+    is_done = verb == "fit" and (kept.finished_mark.exists() or values.get("mirror"))
+    has_own = (both if verb == "test" else values).get(option) if option else None
+    if not is_done and not (has_own and kept.rows.is_file()):  # the record says which rows were learned
         _check_kept_rows(verb, as_sections(both).get("data", {}), kept)
 
 

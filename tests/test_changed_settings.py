@@ -174,6 +174,12 @@ def test_rows_elsewhere_are_the_same_rows(here: Path, capsys: pytest.CaptureFixt
         advice = "; run has this path: give --data.source if the rows are elsewhere now\n"
         shown = capsys.readouterr().err
         assert shown.startswith("error: rows.jsonl: no such file") and shown.endswith(advice)
+    assert main(["evaluate", "--run", "./run"]) == 2
+    assert capsys.readouterr().err.endswith("; run has this path: give --source for other rows\n")
+    assert main(["evaluate", "--run", "./run", "--source", "others.jsonl", "--draws", "100"]) == 0
+    for verb, option in (("validate", "--data.validation_source"), ("test", "--data.test_source")):
+        assert main([verb, "--run", "./run", option, "others.jsonl"]) == 0
+    capsys.readouterr()
     moved = [*take_option(take_option(FIT, "--data.source")[1], "--data.validation_source")[1],
              "--data.source", "drive/rows.jsonl", "--data.validation_source", "drive/held_out.jsonl"]  # fmt: skip
     assert main([*moved, "--mirror", "drive"]) == 0

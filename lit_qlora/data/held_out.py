@@ -5,7 +5,7 @@ else a seeded share. After a run's start, its record names them. Knows no form o
 """
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -124,8 +124,11 @@ class Parts:
         fixed = self._load_each((source, name) for source, name in splits if name)
         if not self._is_own():
             train = joined(trains)
-            return train, _apart(joined(fixed), train, "data.validation_source")
-        held_out = [_apart(joined(fixed), joined(trains), "data.source")] if fixed else []
+            return train, _apart(joined(fixed), {*train.conversations}, train.name, "data.validation_source")
+        held_out = []
+        if fixed:
+            train = joined(trains)
+            held_out = [_apart(joined(fixed), {*train.conversations}, train.name, "data.source")]
         if self.draws():
             undivided = joined([records for records, (_, name) in zip(trains, splits, strict=True) if not name])
             self._check_draw(undivided.name)
@@ -151,7 +154,10 @@ class Parts:
         if not found:
             return None
         records = joined(self._load_each(found))
-        return records if rows else _apart(records, joined(self._training()), "data.source", "test")
+        if rows:
+            return records
+        train = joined(self._training())
+        return _apart(records, {*train.conversations}, train.name, "data.source", "test")
 
     def test_of(self, source: Any) -> Records:
         """Load the rows of ``source`` that are there for a test: of its test split, or else what it has.
@@ -159,7 +165,7 @@ class Parts:
         Raises:
             UserError: as `load_records`, or when it is the training data itself.
         """
-        learned = {one.place for one in self.splits}
+        learned = {one.place for one in sources_of(self.source)}
         found = [(one, find_splits(one)) for one in sources_of(source, "data.test_source")]
         for one, splits in found:
             if splits.first("test", "validation") is None and one.place in learned:
@@ -170,7 +176,8 @@ class Parts:
     def held_out(self, rows: RunRows | None) -> tuple[Records, int]:
         """Load the rows to score: those that the run of the record ``rows`` held out, as `recall` does.
 
-        Without a record, or with another validation source than the run's, they are found as at the start of a run.
+        Without a record they are found as at the start of a run; of another validation source than the run's, all are,
+        and those that the run learned are counted.
 
         Args:
             rows: that record; None without one.
@@ -179,9 +186,13 @@ class Parts:
             UserError: as `recall` and `train_and_held_out`.
         """
         is_other = rows is not None and as_text(self.validation_source) not in (None, rows.validation_source)
-        if rows is None or is_other:
+        if rows is None or (is_other and self._is_own()):
             return self.train_and_held_out()[1], 0
-        return self.recall(rows)
+        if not is_other:
+            return self.recall(rows)
+        records = joined(self._load_each((one, name) for one, name in self._held_out_splits() if name))
+        learned = {one for one in records.conversations if digest(one) in rows.train}
+        return _apart(records, learned, "as its run recorded", "data.validation_source"), 0
 
     def recall(self, rows: RunRows) -> tuple[Records, int]:
         """Find the conversations that a run held out, in their order then, and the number missing since.
@@ -299,17 +310,20 @@ def check_early_to_score(given: Any, option: str, reading: Reading) -> None:
 
 
 def _apart(
-    records: Records, train: Records, option: str, part: Literal["validation", "test"] = "validation"
+    records: Records,
+    learned: Set[Conversation],
+    where: str,
+    option: str,
+    part: Literal["validation", "test"] = "validation",
 ) -> Records:
-    """``records``, with the number of its conversations that are in ``train``.
+    """``records``, with the number of its conversations that are ``learned``, as is known from ``where``.
 
     Raises UserError when all are, of the ``option`` that they came by.
     """
-    learned = set(train.conversations)
     count, number = sum(conversation in learned for conversation in records.conversations), len(records.conversations)
     if count == number:
         what, are = ("the one conversation", "is") if number == 1 else (f"all {number:,} conversations", "are")
-        problem = f"{what} of {records.name} {are} training data, too ({train.name}), so a score shows nothing"
+        problem = f"{what} of {records.name} {are} training data, too ({where}), so a score shows nothing"
         remedy = f"give others with data.{part}_source, or put others there"
         raise UserError(f"{problem} about new ones", option=option, remedy=remedy)
     which = "test" if part == "test" else "held-out"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from lit_qlora.console import WIDTH
 from lit_qlora.data.held_out import check_early_to_score
 from lit_qlora.data.records import Reading
+from lit_qlora.data.sources import check_sources
 from lit_qlora.devices.asked import Precision
 from lit_qlora.errors import UserError, require
 from lit_qlora.figures.lines import json_number
@@ -100,6 +101,11 @@ def evaluate(
         )
     if source:
         check_early_to_score(source, "source", Reading.of(chosen.options["data"]))
+    elif chosen.run and not subjects:
+        try:
+            check_sources({name: chosen.options["data"][name] for name in ("source", "validation_source")})
+        except UserError as error:
+            raise error.advise(f"{chosen.run.path} has this path: give --source for other rows") from error
 
     from lit_qlora.tools.scoring.rows import Scoring
 

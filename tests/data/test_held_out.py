@@ -234,6 +234,21 @@ def test_another_validation_source_than_the_run_s_is_scored_where_it_is_given(te
     assert questions(Parts(ten, "other.jsonl").held_out(None)[0]) == ["c"]
 
 
+def test_other_rows_are_scored_where_the_training_rows_are_gone(ten, expect_error):
+    rows = rows_of(Parts(ten, share=0.5))
+    (learned,) = questions(Parts(ten, share=0.5).train_and_held_out()[0])[:1]
+    Path(ten).unlink()
+    others = write("others.jsonl", text(learned, "a"), text("c", "d"))
+    found, num_gone = Parts(ten, others).held_out(rows)
+    assert (questions(found), num_gone) == ([learned, "c"], 0)
+    assert found.dropped == {"held-out conversations, of 2, in training too": 1}
+    assert questions(Parts(ten).test_of(others)) == [learned, "c"]
+    write("others.jsonl", text(learned, "a"))
+    expect_error(
+        lambda: Parts(ten, others).held_out(rows), "training data, too", "run recorded", option="data.validation_source"
+    )
+
+
 def test_a_validation_source_without_a_test_split_is_held_out_whole(ten):
     train, held_out = Parts(ten, write("other.jsonl", text("c", "d")), 0, seed=0).train_and_held_out()
     assert len(train.conversations) == 10

@@ -128,6 +128,9 @@ def _check_with_kept(verb: str, values: Mapping[str, Any], kept: RunFolder, both
         if values.get(option):
             check_early_to_score(values[option], option, Reading.of(as_sections(both).get("data", {})))
         check_sources(as_sections(values).get("data", {}))
+    if "model.base" in both and "model.base" not in values:
+        with _advising(kept, "model.base", "the base is"):
+            find_base(both["model.base"], weights=False)
     if verb in LEARNING and both.get("model.adapter"):
         with _advising(kept, "model.adapter", "the adapter is"):
             require_adapter(Path(both["model.adapter"]))

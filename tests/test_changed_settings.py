@@ -130,6 +130,12 @@ def test_other_rows_under_the_same_name(here: Path, capsys: pytest.CaptureFixtur
 
 def test_a_copy_of_the_base_is_the_same_base(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("base").rename("moved")
+    for verb in ("fit", "validate"):
+        assert main([verb, "--run", "./run"]) == 2
+        told = capsys.readouterr().err
+        assert told.startswith("error: model.base: no folder 'base'") and told.endswith(
+            "; run has this path: give --model.base if the base is elsewhere now\n"
+        )
     assert main([*FIT, "--model.base", "moved"]) == 0
     assert "   run  changed: model.base: base -> moved\n" in capsys.readouterr().out
 

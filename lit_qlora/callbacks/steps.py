@@ -3,7 +3,7 @@
 The only module that uses private names of Lightning's loops. Knows nothing of what happens between steps.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -90,6 +90,20 @@ def begin_epoch(trainer: Trainer) -> None:
     loop: Any = trainer.fit_loop
     if loop.restarted_mid_epoch and loop.epoch_progress.total.processed == loop.epoch_progress.total.ready:
         loop.reset_restart_stage()
+
+
+def resume_behind_validation(checkpoint: Mapping[str, Any]) -> None:
+    """Change a checkpoint of the validation at an epoch's end to one of the epoch's last micro-batch.
+
+    Lightning knows from the validation interval that such a validation was the last of its epoch; with another interval
+    than at the save it would train past the epoch's end.
+    """
+    loop = checkpoint["loops"]["fit_loop"]
+    epoch, batches = loop["epoch_progress"]["total"], loop["epoch_loop.batch_progress"]
+    is_open = epoch["processed"] < epoch["started"]
+    if is_open and batches["is_last_batch"] and batches["total"]["completed"] == batches["total"]["processed"]:
+        for counts in (batches["total"], batches["current"]):
+            counts["completed"] -= 1
 
 
 def run_validation(trainer: Trainer) -> None:

@@ -271,6 +271,21 @@ def test_a_resume_from_every_step_ends_the_same(full_run, tiny, rows, tmp_path, 
         assert _without_speed(one.run) == _without_speed(whole.run)
 
 
+@pytest.mark.parametrize("val_check_interval", [1.0, 5])
+def test_a_resume_with_another_validation_interval_learns_the_same(full_run, tiny, rows, tmp_path, val_check_interval):
+    """Also from the end of an epoch, saved behind the validation there."""
+    options = {"save_every_steps": 1, "max_epochs": 2, "accumulate_grad_batches": 2}
+    whole, module = full_run(tmp_path / "whole", **options, val_check_interval=val_check_interval), tiny()
+    whole.trainer.fit(module, datamodule=rows(5))
+    for step in whole.run.saved_steps():
+        for other in (2, 100, 0.5, 1.0):
+            one, resumed = full_run(tmp_path / f"from-{step}-{other}", **options, val_check_interval=other), tiny()
+            one.trainer.fit(resumed, datamodule=rows(5), ckpt_path=whole.run.checkpoint(step))
+            assert resumed.seen == (module.seen[-len(resumed.seen) :] if step < 6 else [])
+            assert one.trainer.global_step == 6
+            assert torch.equal(resumed.weight, module.weight)
+
+
 def test_skipped_and_refused_updates_are_gone_through_alike(full_run, tiny, rows, tmp_path):
     def fit(folder, checkpoint=None):
         precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", growth_interval=4))

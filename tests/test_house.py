@@ -74,23 +74,37 @@ PROMPT_FORMATS = {"llama2", "own_template", "jinja"}
 """The modules of text/ that are prompt formats, or parts of one."""
 
 
+MAKERS = "chosen|from_record|read_format|recorded_format|format_for"
+"""The functions that give a prompt format."""
+
+
+def _named_formats(tree: ast.Module) -> str:
+    """What a module calls the prompt formats that it is given, as a pattern."""
+    assigned = (node for node in ast.walk(tree) if isinstance(node, ast.Assign))
+    given = [node for node in assigned if re.match(rf"(\w+\.)*({MAKERS})\(", ast.unparse(node.value))]
+    return "|".join(re.escape(ast.unparse(target)) for node in given for target in node.targets) or "(?!)"
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_nobody_outside_text_asks_which_prompt_format_it_has(path: Path) -> None:
     """All that hangs on it is a method of `PromptFormat`."""
     if path.parent.name == "text":
         return
     tree = ast.parse(path.read_text())
+    named, parts = _named_formats(tree), "name|source|title|version|identity|tokens|cache_key"
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             names = {(node.module or "").rpartition(".")[2], *(alias.name for alias in node.names)}
             assert not PROMPT_FORMATS & names, ast.unparse(node)
         if isinstance(node, ast.Attribute) and node.attr == "source":
-            assert not re.search(r"prompt_format$|^chosen\(", ast.unparse(node.value)), "options has it"
+            assert not re.search(rf"prompt_format$|^({MAKERS})\(|^({named})$", ast.unparse(node.value)), (
+                "options has it"
+            )
         asked = [node.test] if isinstance(node, ast.If | ast.IfExp | ast.While) else []
         asked += [node] if isinstance(node, ast.Compare | ast.BoolOp) else []
         asked += [node] if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "type") else []
         for question in map(ast.unparse, asked):
-            which = r"\bprompt_format(\.(name|source|title|version|identity|tokens|cache_key))?(?![\w.('])"
+            which = rf"\bprompt_format(\.({parts}))?(?![\w.('])|\b({named})\.({parts})(?![\w.('])"
             known = r"'(jinja|llama2-chat)'|\b(Llama2|Template)\b"
             assert not re.search(f"{which}|{known}", question.replace("prompt_format or chosen()", "")), (
                 f"line {node.lineno}: {question}"

@@ -218,6 +218,11 @@ class PromptFormat(ABC):
         """The special token that ends an answer, and is learned."""
         return self.spelled.eos
 
+    @property
+    @abstractmethod
+    def assumption(self) -> str:
+        """What is used of an adapter that does not record its format, in words; see `is_assumed`."""
+
     @abstractmethod
     def notes(self, of_base: str | None = None) -> list[str]:
         """Notes on it, in lines for the terminal; ``of_base`` is the base's own chat template."""

@@ -96,6 +96,11 @@ class Llama2(PromptFormat):
         """There is one reason only, so the place is omitted."""
         return "rows left out: a Llama 2 tag inside a turn"
 
+    @property
+    def assumption(self) -> str:
+        """Another takes a file of its own."""
+        return f"{self.title} is used; for another, put its chat_template.jinja there"
+
     def notes(self, of_base: str | None = None) -> list[str]:
         """A word on a base that was made for other prompts."""
         from lit_qlora.text.own_template import Template

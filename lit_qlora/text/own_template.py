@@ -252,6 +252,11 @@ class Template(PromptFormat):
         """With the file that holds the template."""
         return f"a format of its own: the Jinja template in `{file}`"
 
+    @property
+    def assumption(self) -> str:
+        """The template came with the adapter's tokenizer."""
+        return "its tokenizer's chat template is used"
+
     def notes(self, of_base: str | None = None) -> list[str]:
         """Which template it is, and what it does without."""
         lines = [f"prompts by {' '.join(filter(None, (self.title, self._built_in_as)))} ({self.version})"]

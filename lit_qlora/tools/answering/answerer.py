@@ -100,9 +100,7 @@ def choose_adapter(run: str | None = None, adapter: str | None = None, base: str
     chosen = ResolvedAdapter(its_base, Path(adapter), None, _options(None))
     prompts = read_format(chosen.adapter)
     if prompts.is_assumed:  # on standard error, since an answer may be piped
-        other = f"{prompts.title} is used; for another, put its chat_template.jinja there"
-        used = "its tokenizer's chat template is used" if prompts.source else other
-        print(f"({adapter} does not record its prompt format: {used})", file=sys.stderr)
+        print(f"({adapter} does not record its prompt format: {prompts.assumption})", file=sys.stderr)
     return chosen
 
 

@@ -29,7 +29,7 @@ from lit_qlora.callbacks.report import Report, next_step
 from lit_qlora.callbacks.samples import SampleAnswers
 from lit_qlora.callbacks.shard import ShardChoice
 from lit_qlora.callbacks.steps import StepCallback, StepEdge
-from lit_qlora.callbacks.stop import StopOnSignal, StopWithoutGain, TimeLimit
+from lit_qlora.callbacks.stop import OwnSignals, StopOnSignal, StopWithoutGain, TimeLimit
 from lit_qlora.callbacks.throughput import Throughput
 from lit_qlora.callbacks.validation import HeldOutMetrics
 from lit_qlora.callbacks.warmup import WarmupStep
@@ -40,7 +40,6 @@ from lit_qlora.data.templates import read_template
 from lit_qlora.devices import starting
 from lit_qlora.devices.asked import check_shard, check_shares
 from lit_qlora.devices.launchers import requeue
-from lit_qlora.devices.strategy import OwnSignals
 from lit_qlora.devices.world import (
     AllEnd,
     LostError,

@@ -21,7 +21,7 @@ USED = {
     "_should_check_val_fx": "whether a validation follows this micro-batch; callbacks/steps.py",
     "_logger_connector": "holds the next; callbacks/steps.py",
     "_first_loop_iter": "is set by a validation that Lightning did not begin; callbacks/steps.py",
-    "_broadcast_sigterm_tensor": "what its loop would do in each micro-batch of several processes; devices/strategy.py",
+    "_broadcast_sigterm_tensor": "what its loop would do in each micro-batch of several processes; callbacks/steps.py",
     "_parse_ckpt_path": "would load a pickle and let it override the command line",
     # jsonargparse: types of options, for the nearest name, a stranger's config and flags that stand alone.
     "_actions": "argparse's own list of options, which has no public name",
@@ -88,7 +88,8 @@ def _of_others() -> Iterator[tuple[str, str]]:
     """Private names that are read off something, imported or written as a text, and are none of this project's."""
     own = _own() | PUBLIC
     for path, tree in TREES.items():
-        in_f_strings = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+        # Such as what follows a name in an f-string; one may begin with a private name, too.
+        behind = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values[1:]}
         for node in ast.walk(tree):
             names: list[str] = []
             if isinstance(node, ast.Attribute):
@@ -97,7 +98,9 @@ def _of_others() -> Iterator[tuple[str, str]]:
                 names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
             elif isinstance(node, ast.Import):
                 names = [part for alias in node.names for part in alias.name.split(".")]
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in in_f_strings:
+            elif isinstance(node, ast.keyword):
+                names = [node.arg or ""]
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in behind:
                 names = [node.value]  # for getattr
             yield from ((name, f"{path.relative_to(ROOT)}:{node.lineno}") for name in names if _is_private(name, own))
 

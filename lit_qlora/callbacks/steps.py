@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_qlora.batch import Batch
-from lit_qlora.devices.world import any_of
+from lit_qlora.devices.world import any_of, world
 
 
 class StepCallback(Callback):
@@ -35,8 +35,10 @@ class StepEdge(Callback):
         """True if a callback asked the Trainer to stop inside of a step."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start at the step of a resumed run."""
+        """Start at the step of a resumed run; of several processes, none waits for the others within a step."""
         self._seen = trainer.global_step
+        if world().size > 1:  # Lightning would broadcast for each micro-batch; a stop is agreed on once per step
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int

@@ -6,7 +6,7 @@ Knows no files; `RunCheckpoints` saves.
 from types import FrameType
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 
 from lit_qlora.callbacks.checkpoints import RunCheckpoints
@@ -14,6 +14,15 @@ from lit_qlora.callbacks.steps import StepCallback
 from lit_qlora.console import tell
 from lit_qlora.devices.world import AllEnd, highest, is_first
 from lit_qlora.signals import URGENT, give_back, hold_off, leave_at_once, name_of, print_now, take_over
+
+
+class OwnSignals(Callback):
+    """A callback that takes SIGTERM back from Lightning, which would have processes wait for each other in its
+    handler."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Until the run's own handler is there."""
+        take_over(leave_at_once)
 
 
 class StopOnSignal(StepCallback):

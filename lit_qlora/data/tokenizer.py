@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lit_qlora import demo
 from lit_qlora.errors import UserError, excerpt, one_line
 from lit_qlora.storage.foreign import FLAG, Kind, check, one_of, read_object
+from lit_qlora.storage.reach import stored_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -119,11 +120,14 @@ def file_of(location: str, name: str) -> Path | None:
         location: a folder or a hub id.
         name: the file's.
     """
-    from transformers.utils import cached_file
+    if Path(location).is_dir():
+        return stored_file(location, name)
+    from huggingface_hub import errors, hf_hub_download
 
-    troubles = ("gated_repo", "missing_entries", "connection_errors")
-    found = cached_file(location, name, **{f"_raise_exceptions_for_{trouble}": False for trouble in troubles})
-    return Path(found) if found else None
+    try:
+        return Path(hf_hub_download(location, name))
+    except (errors.HfHubHTTPError, errors.EntryNotFoundError, errors.HFValidationError):
+        return stored_file(location, name)
 
 
 def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[int, str]:

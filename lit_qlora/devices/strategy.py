@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -18,7 +18,6 @@ from torch import Tensor, distributed
 
 from lit_qlora.devices.world import barrier, by_first, from_first, gathered, peers, world
 from lit_qlora.errors import UserError
-from lit_qlora.signals import leave_at_once, take_over
 
 SAME = 1e-3
 """How far the norms of the processes' adapters may differ, relative: cards of one kind give the same bits."""
@@ -56,8 +55,6 @@ class Replicas(ParallelStrategy):
     def setup(self, trainer: Trainer) -> None:
         """As Lightning's; every process begins with the adapter of the first."""
         super().setup(trainer)
-        # A broadcast for each micro-batch; a stop is agreed on once per step.
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         weights = [value.detach() for value in self._trained()]
         self._through_one_buffer(weights, lambda buffer: distributed.broadcast(buffer, 0))
 
@@ -142,11 +139,3 @@ def is_on_edge(trainer: Trainer) -> bool:
     batches = trainer.fit_loop.epoch_loop.batch_progress
     is_last = batches.is_last_batch or batches.current.ready == trainer.num_training_batches
     return is_last or batches.current.ready % trainer.accumulate_grad_batches == 0
-
-
-class OwnSignals(Callback):
-    """Takes SIGTERM back from Lightning, which would have processes wait for each other in its handler."""
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Until the run's own handler is there."""
-        take_over(leave_at_once)

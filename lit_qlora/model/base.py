@@ -20,7 +20,7 @@ from lit_qlora.model.architectures import Architecture, architecture_of
 from lit_qlora.model.config import read_config
 from lit_qlora.model.shape import Shape, known_config, target_names
 from lit_qlora.storage.files import LFS, parse_json, unreadable
-from lit_qlora.storage.reach import use_cache_if_silent
+from lit_qlora.storage.reach import stored_file, use_cache_if_silent
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 """Where weights are searched for: in the one file, else in those named by the index, as in transformers."""
@@ -201,31 +201,30 @@ def _ask_hub(name: str) -> tuple[Path, set[str]]:
 
 def missing_bytes(base: Base) -> int:
     """Bytes still to download before loading: the 16-bit weights that are in neither folder nor cache."""
-    is_here = stored_file(base, WHOLE) or stored_file(base, INDEX)
+    is_here = stored_file(base.location, WHOLE) or stored_file(base.location, INDEX)
     return 0 if is_here else 2 * base.shape.num_parameters
 
 
 def commit(base: Base) -> str | None:
     """The commit of a base on the hub; None for a local one."""
-    config = None if Path(base.location).is_dir() else stored_file(base, "config.json")
+    config = None if Path(base.location).is_dir() else stored_file(base.location, "config.json")
     return config.parent.name if config and config.parent.parent.name == "snapshots" else None
 
 
-def weight_files(base: Base, find: Callable[[Base, str], Path | None] | None = None) -> list[Path]:
+def weight_files(base: Base, find: Callable[[str, str], Path | None] = stored_file) -> list[Path]:
     """The files that hold the weights, in order of their names: the one file where it is there, else the index's.
 
     Args:
         base: in a folder or on the hub.
-        find: looks up a file of a base, and may download it; default: `stored_file`.
+        find: looks up a file by the base's location and its name, and may download it.
 
     Raises:
         FileNotFoundError: one is not downloaded yet.
         UserError: the index can't be read, or names a file that is not beside it.
     """
-    find = find or stored_file
-    index = None if find(base, WHOLE) else find(base, INDEX)
+    index = None if find(base.location, WHOLE) else find(base.location, INDEX)
     names = _shards(base, index) if index else [WHOLE]
-    files = {name: find(base, name) for name in names}
+    files = {name: find(base.location, name) for name in names}
     missing = [name for name, file in files.items() if file is None]
     if missing:
         raise FileNotFoundError(f"{base.location} has no {missing[0]}" + (f", which {INDEX} names" if index else ""))
@@ -247,22 +246,6 @@ def _shards(base: Base, index: Path) -> list[str]:
     if not has_metadata:  # transformers adds to it
         raise base_error(f"{base.name}: {INDEX} has no table called metadata", remedy='add "metadata": {}')
     return sorted(names)
-
-
-def stored_file(base: Base, name: str) -> Path | None:
-    """A file of a base, in its folder or in the hub's cache; None if missing.
-
-    Args:
-        base: in a folder or on the hub.
-        name: of the file.
-    """
-    if Path(base.location).is_dir():
-        path = Path(base.location) / name
-        return path if path.is_file() else None
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = try_to_load_from_cache(base.location, name)
-    return Path(cached) if isinstance(cached, str) else None
 
 
 def split_names(target_modules: str | list[str]) -> str | list[str]:

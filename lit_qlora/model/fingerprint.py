@@ -15,10 +15,11 @@ from typing import Any
 
 from lit_qlora.errors import one_line
 from lit_qlora.model.architectures import LINEARS, architecture_of
-from lit_qlora.model.base import Base, base_error, commit, stored_file
+from lit_qlora.model.base import Base, base_error, commit
 from lit_qlora.model.config import rope_of
 from lit_qlora.model.weights import Stored, stored_tensors
 from lit_qlora.storage.foreign import object_in
+from lit_qlora.storage.reach import stored_file
 from lit_qlora.storage.run import RECORD
 
 VERSION = "v2"
@@ -53,7 +54,7 @@ def fingerprint(base: Base) -> str:
         UserError: they can't be read.
     """
     own = _sampled(base)
-    file = stored_file(base, ORIGINAL)
+    file = stored_file(base.location, ORIGINAL)
     stated = object_in(file) if file else {}
     # A copy whose weights were altered since does not count as one.
     return str(stated["of"]) if stated.get("own") == own and isinstance(stated.get("of"), str) else own
@@ -91,7 +92,7 @@ def _sampled(base: Base) -> str:
         reason = one_line(error)
         raise base_error(f"the weights of {base.name} can't be read: {reason}") from error
     rules = repr((base.shape, rules_of(base.config)))
-    merged = stored_file(base, RECORD)  # a merged model's norms are its parent's
+    merged = stored_file(base.location, RECORD)  # a merged model's norms are its parent's
     kind = "4bit" if base.in_4_bits else "full"
     whole = hashlib.sha256(f"{rules} {plain} {linear}".encode()).hexdigest()
     rest = hashlib.sha256(f"{rules} {plain} {object_in(merged) if merged else ''}".encode()).hexdigest()

@@ -14,9 +14,10 @@ from typing import NamedTuple
 from lit_qlora.console import bars
 from lit_qlora.errors import UserError, one_line
 from lit_qlora.model.architectures import PLACES
-from lit_qlora.model.base import INDEX, WHOLE, Base, base_error, stored_file, weight_files
+from lit_qlora.model.base import INDEX, WHOLE, Base, base_error, weight_files
 from lit_qlora.model.shape import Shape
 from lit_qlora.storage.files import parse_json, unreadable
+from lit_qlora.storage.reach import stored_file
 
 LARGEST_HEADER = 100_000_000
 """Most bytes of a header; safetensors' own limit."""
@@ -105,11 +106,13 @@ def fetch(base: Base) -> None:
 
     bar = bars("download", leave=False)
 
-    def find(base: Base, name: str) -> Path | None:
+    def find(location: str, name: str) -> Path | None:
         try:
-            return stored_file(base, name) or Path(hf_hub_download(base.location, name, tqdm_class=bar))
+            return stored_file(location, name) or Path(hf_hub_download(location, name, tqdm_class=bar))
         except EntryNotFoundError as error:
-            is_there = isinstance(error, LocalEntryNotFoundError) and not (name == WHOLE and stored_file(base, INDEX))
+            is_there = isinstance(error, LocalEntryNotFoundError) and not (
+                name == WHOLE and stored_file(location, INDEX)
+            )
             if is_there:  # as far as is known: the hub can't be asked
                 raise
             return None

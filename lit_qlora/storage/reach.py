@@ -1,4 +1,5 @@
-"""Owns whether the hub can be reached, and what is used where it can't: its cache, without waiting for each file.
+"""Owns whether the hub can be reached, what is used where it can't: its cache, without waiting for each file; and which
+files of it are here.
 
 Knows no base and no rows.
 """
@@ -8,6 +9,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 REACH_S = 5
 """How long the hub has to accept a connection. Its own library would try for 30 s, for each file again."""
@@ -39,6 +41,22 @@ def use_cache_if_silent() -> bool:
     os.environ["HF_HUB_OFFLINE"] = "1"  # for libraries that are not imported yet, and for processes
     _set_offline(True)
     return True
+
+
+def stored_file(location: str, name: str) -> Path | None:
+    """A file that is here, in a folder or in the hub's cache; None if missing.
+
+    Args:
+        location: the folder, or a hub id.
+        name: of the file.
+    """
+    if Path(location).is_dir():
+        path = Path(location) / name
+        return path if path.is_file() else None
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(location, name)
+    return Path(cached) if isinstance(cached, str) else None
 
 
 @contextmanager

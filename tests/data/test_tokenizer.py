@@ -2,12 +2,13 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
 from lit_qlora import demo
 from lit_qlora.data.encode import Encoder
-from lit_qlora.data.tokenizer import NAMED, load_tokenizer
+from lit_qlora.data.tokenizer import NAMED, file_of, load_tokenizer
 from lit_qlora.errors import UserError
 from lit_qlora.quiet import quieten
 from lit_qlora.text import messages
@@ -311,3 +312,29 @@ def test_what_config_json_says_has_no_part_in_it(demo_files):
     config |= {"auto_map": {"AutoTokenizer": ["evil.Evil", None], "AutoConfig": "evil.Evil"}, "dtype": "float17"}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     assert Encoder(load_tokenizer(str(folder)), 64).fingerprint() == Encoder(load_tokenizer("demo"), 64).fingerprint()
+
+
+# Files of a base
+
+
+@pytest.mark.parametrize("error", ["entry", "gated", "offline", "name"])
+def test_a_file_that_the_hub_does_not_give_is_that_of_its_cache_or_none(tmp_path, monkeypatch, error):
+    from huggingface_hub import errors
+
+    response = SimpleNamespace(headers={}, request=None)
+    raised = {
+        "entry": errors.RemoteEntryNotFoundError("404", response=response),
+        "gated": errors.GatedRepoError("401", response=response),
+        "offline": errors.LocalEntryNotFoundError("no network"),
+        "name": errors.HFValidationError("Repo id must be in the form 'repo_name'"),
+    }
+
+    def fail(*_):
+        raise raised[error]
+
+    kept = tmp_path / "generation_config.json"
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    assert file_of("owner/name", kept.name) is None
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: str(kept))
+    assert file_of("owner/name", kept.name) == kept

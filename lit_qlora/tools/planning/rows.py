@@ -11,7 +11,8 @@ from lit_qlora.data.sources import sources_of
 from lit_qlora.errors import UserError
 from lit_qlora.forecast.foresee import Rows, guanaco_lengths
 from lit_qlora.forecast.memory import Samples
-from lit_qlora.model.base import Base, stored_file
+from lit_qlora.model.base import Base
+from lit_qlora.storage.reach import stored_file
 from lit_qlora.text.formats import chosen
 
 CHARACTERS_PER_TOKEN, TOKENS_PER_TURN = 3.3, 6
@@ -53,7 +54,7 @@ def _has_tokenizer(data: ChatDataModule, base: Base) -> bool:
     try:
         _ = data.tokenizer
     except UserError:
-        if any(stored_file(base, name) for name in ("tokenizer.json", "tokenizer.model")):
+        if any(stored_file(base.location, name) for name in ("tokenizer.json", "tokenizer.model")):
             raise
         return False
     return True

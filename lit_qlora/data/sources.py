@@ -355,29 +355,48 @@ def _ask_hub(asked: Source, ask: Callable[..., T], **given: str | None) -> T:
     try:
         return ask(source, **given)
     except datasets.exceptions.DatasetNotFoundError as error:
-        if "gated" in str(error):
-            remedy = f"accept its terms at {page} and set HF_TOKEN"
-            raise SourceError(source, "is gated on the hub", remedy) from error
-        if asked.revision and "Revision" in str(error):
-            remedy = "give a branch, a tag or a commit that it has, or leave the revision out"
-            raise SourceError(source, f"has no revision {excerpt(asked.revision)} on the hub", remedy) from error
-        remedy = "check the spelling, or set HF_TOKEN if it's private"
-        raise SourceError(source, "not found on the hub, and no such file here", remedy) from error
+        raise SourceError(source, *_not_found(asked, page)) from error
     except ConnectionError as error:
         remedy = "check the network (and HF_HUB_OFFLINE), or give a local file"
         raise SourceError(source, "no such file here, and the hub can't be reached", remedy) from error
     except Exception as error:  # any other failure of `datasets` with the hub's files is no bug of ours
-        configs = re.search(r"(?:[Cc]onfig name is missing|BuilderConfig .* not found).*?(\[.*?\])", str(error), re.S)
-        if configs:
+        if isinstance(error, ValueError) and (known := _configurations(asked)):
             what = f"no configuration {excerpt(asked.name)}" if asked.name else "has several configurations"
             remedy = f"give data.source as {{path: {source}, name: CONFIGURATION}}"
-            raise SourceError(source, f"{what}, expected one of {excerpt(configs[1])}", remedy) from error
-        # Of most faults of a file, `datasets` says this alone; what it was stands behind it, or in the cause.
-        opens = "An error occurred while generating the dataset"
-        while not (said := str(error).removeprefix(opens).strip()) and isinstance(error.__cause__, Exception):
-            error = error.__cause__
-        cause = said.partition("\n")[0]
+            raise SourceError(source, f"{what}, expected one of {excerpt(known)}", remedy) from error
+        # Of most faults of a file, `datasets` says that there was one; what it was stands behind it.
+        wraps = datasets.exceptions.DatasetGenerationError
+        while isinstance(error, wraps) and isinstance(error.__context__, Exception):
+            error = error.__context__
+        cause = str(error).strip().partition("\n")[0]
         if isinstance(error, datasets.table.CastError):  # its first line is "Couldn't cast"
             cause = error.details()
         problem = f"the hub's files can't be loaded ({type(error).__name__}: {cause})"
         raise SourceError(source, problem, f"see {page}") from error
+
+
+def _not_found(asked: Source, page: str) -> tuple[str, str]:
+    """What is wrong with a data set that `datasets` does not find, as the hub has it by a class, and the remedy."""
+    import huggingface_hub as hub
+
+    with suppress(Exception):  # whatever else it answers, if it does
+        try:
+            hub.auth_check(asked.path, repo_type="dataset")
+        except hub.errors.GatedRepoError:
+            return "is gated on the hub", f"accept its terms at {page} and set HF_TOKEN"
+        if asked.revision and not hub.revision_exists(asked.path, asked.revision, repo_type="dataset"):
+            remedy = "give a branch, a tag or a commit that it has, or leave the revision out"
+            return f"has no revision {excerpt(asked.revision)} on the hub", remedy
+    return "not found on the hub, and no such file here", "check the spelling, or set HF_TOKEN if it's private"
+
+
+def _configurations(asked: Source) -> list[str]:
+    """Those of a data set on the hub, if one of them has to be named and none of them is; else empty."""
+    import datasets
+
+    try:
+        known: list[str] = datasets.get_dataset_config_names(asked.path, revision=asked.revision)
+        chosen = asked.name or datasets.get_dataset_default_config_name(asked.path, revision=asked.revision)
+    except Exception:  # which was the failure itself
+        return []
+    return known if chosen not in known else []

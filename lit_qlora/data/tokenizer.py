@@ -167,10 +167,10 @@ def _load(base: str, kind: str = "AutoTokenizer", **changes: bool) -> "PreTraine
         raise
     except Exception as error:  # its files come from anywhere, and the library assumes that it wrote them
         _check_not_empty(base, stated.get)
-        if "trust_remote_code" in str(error):
+        if "auto_map" in stated and not hasattr(transformers, str(stated.get("tokenizer_class", "AutoTokenizer"))):
             problem = "is code of its own, and code that comes with a base is never run"
             raise _wrong(base, problem, "take a copy whose tokenizer is one of the library") from error
-        problem = f"no tokenizer could be loaded from {excerpt(base)}: {_reason(error)}"
+        problem = f"no tokenizer could be loaded from {excerpt(base)}: {_reason(error, location)}"
         raise UserError(problem, option="model.base") from error
     _check_named(base, tokenizer)
     if getattr(getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None), "dropout", None):
@@ -231,19 +231,19 @@ def _is_class(name: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, transformers.PreTrainedTokenizerBase)
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, location: str) -> str:
     """The reason in the library's words, unless those are misleading."""
     if isinstance(error, RecursionError):
         return "its files are nested too deep, or name each other"
     if not isinstance(error, OSError | ValueError):
         return f"tokenizer_config.json or a file beside it is not as it was saved ({one_line(error)})"
-    words = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip()
-    if "tiktoken" in words:  # its next guess, once sentencepiece has failed
+    if Path(location).is_dir() and not file_of(location, "tokenizer.json"):  # the library's last guess is another file
+        if not file_of(location, "tokenizer.model"):
+            return "it has neither tokenizer.json nor tokenizer.model; copy one of them there, or take another copy"
         if find_spec("sentencepiece") is None:
             return "it has no tokenizer.json, and a tokenizer.model needs sentencepiece; pip install sentencepiece"
         return "it has no tokenizer.json, and its tokenizer.model is no whole one of sentencepiece; copy it again"
-    if words.endswith(":"):  # a list of what was tried follows
-        return "it has neither tokenizer.json nor tokenizer.model; copy one of them there, or take another copy"
+    words = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip()
     return words if len(words) <= 200 else f"{words[:200]}…"
 
 

@@ -17,14 +17,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lit_qlora.callbacks.record import record_of
-from lit_qlora.callbacks.steps import (
-    StepCallback,
-    agree_to_stop,
-    begin_epoch,
-    is_last_step,
-    resume_behind_validation,
-    validation_follows,
-)
+from lit_qlora.callbacks.steps import StepCallback, agree_to_stop, begin_epoch, is_last_step, validation_follows
 from lit_qlora.callbacks.throughput import Throughput
 from lit_qlora.callbacks.validation import held_out_figures
 from lit_qlora.console import tell
@@ -182,8 +175,7 @@ class RunCheckpoints(StepCallback, Needs):
         self._kept = state_dict.get("kept")
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Record the step that this start resumes from, and where in it."""
-        resume_behind_validation(checkpoint)
+        """Record the step that this start resumes from."""
         self._resumed_step = checkpoint["global_step"]
 
     def _check_kept(self) -> None:

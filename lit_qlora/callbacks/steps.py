@@ -3,7 +3,7 @@
 The only module that uses private names of Lightning's loops. Knows nothing of what happens between steps.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -88,24 +88,21 @@ def begin_epoch(trainer: Trainer) -> None:
 
     After a save in an epoch's last step, it ends that epoch but does not count the next as begun; from a later save in
     the new epoch it would resume with the data of the one before.
+
+    After a save in a validation behind that step, it knows that the epoch is over from the validation interval alone:
+    where the one of this start has no validation there, such a save becomes one in the step.
     """
     loop: Any = trainer.fit_loop
+    batches = loop.epoch_loop.batch_progress
+    is_over = loop.restarted_mid_epoch and loop.epoch_loop.restarted_on_last and batches.is_last_batch
+    if is_over and not validation_follows(trainer):
+        batches.total.completed -= 1
+        batches.current.completed -= 1
+        loop.epoch_loop.update_restart_stage()
+        loop.epoch_progress.increment_processed()
+        loop.epoch_progress.increment_completed()
     if loop.restarted_mid_epoch and loop.epoch_progress.total.processed == loop.epoch_progress.total.ready:
         loop.reset_restart_stage()
-
-
-def resume_behind_validation(checkpoint: Mapping[str, Any]) -> None:
-    """Change a checkpoint of the validation at an epoch's end to one of the epoch's last micro-batch.
-
-    Lightning knows from the validation interval that such a validation was the last of its epoch; with another interval
-    than at the save it would train past the epoch's end.
-    """
-    loop = checkpoint["loops"]["fit_loop"]
-    epoch, batches = loop["epoch_progress"]["total"], loop["epoch_loop.batch_progress"]
-    is_open = epoch["processed"] < epoch["started"]
-    if is_open and batches["is_last_batch"] and batches["total"]["completed"] == batches["total"]["processed"]:
-        for counts in (batches["total"], batches["current"]):
-            counts["completed"] -= 1
 
 
 def run_validation(trainer: Trainer) -> None:

@@ -14,6 +14,8 @@ _NAME = (
 """Names of options, and of parameters in a URL, that hold secrets."""
 _VOCABULARY = r"(?:\w+_)?(?:bos|eos|pad|unk|sep|cls|mask)_token"
 """Names of options that are about a token of the tokenizer, and hold no secret."""
+_NONE = ("", "null", "none", "~", "true", "false", "0")
+"""Values that hold none, under whatever name: such as the default of a callback's own argument, which a run keeps."""
 _SCHEME = r"\w[\w+.-]{1,30}:/{1,2}"  # pathlib may have taken a slash
 _SECRETS = (
     # The user of a URL, with or without a password.
@@ -51,8 +53,9 @@ def holds_secret(name: str, value: str) -> bool:
         value: as text.
     """
     is_word, name = len(value.split()) == 1, name.rpartition(".")[2]
+    is_meant = re.fullmatch(_NAME, name, re.IGNORECASE) and not re.fullmatch(_VOCABULARY, name, re.IGNORECASE)
     return (
-        bool(re.fullmatch(_NAME, name, re.IGNORECASE) and not re.fullmatch(_VOCABULARY, name, re.IGNORECASE))
+        bool(is_meant and value.strip().lower() not in _NONE)
         or any(secret.search(value) for secret in _SECRETS)
         or (is_word and _LOGIN.match(value) is not None)
         or (_ANY.fullmatch(value.strip()) is not None)

@@ -6,7 +6,7 @@ import pytest
 
 from lit_qlora.cli import check_texts, main
 from lit_qlora.errors import UserError, require
-from lit_qlora.secrecy import redact
+from lit_qlora.secrecy import holds_secret, redact
 
 CANARY = "CanaryInTheCoalMine0123456789"
 TOKEN = f"hf_{CANARY}"
@@ -73,6 +73,14 @@ def test_a_token_of_a_tokenizer_is_no_secret(capsys: pytest.CaptureFixture[str])
     check_texts(["fit", "--tokenizer.unk_token=<unk>"])
     with pytest.raises(UserError):
         check_texts(["fit", "--hub_token=abc"])
+
+
+@pytest.mark.parametrize(
+    ("value", "holds"), [("", False), ("null", False), ("False", False), ("0", False), ("1234", True)]
+)
+def test_the_default_of_a_callbacks_own_argument_is_no_secret(value: str, holds: bool) -> None:
+    """A run keeps all of them in its config.yaml, from which it resumes."""
+    assert holds_secret("trainer.callbacks.init_args.api_key", value) is holds
 
 
 def test_a_mail_address_behind_a_colon_may_be_asked_about() -> None:

@@ -329,7 +329,7 @@ def plain(value: Any) -> Any:
 
 
 def option(args: Sequence[str], *names: str) -> str | None:
-    """The last value that a command line gives to an option; see `all_values`.
+    """The last value that a command line gives to an option; see `take_option`.
 
     Args:
         args: the command line.

@@ -31,12 +31,11 @@ from lit_qlora.ranges import check_ranges
 from lit_qlora.storage.adapter import mend_adapter, put_adapter_back
 from lit_qlora.storage.checkpoint_io import check_checkpoint
 from lit_qlora.storage.files import SaveError
-from lit_qlora.storage.folders import DamagedFolderError, copy_folder, read_seal, remove_folder, write_folder
+from lit_qlora.storage.folders import RESULT, DamagedFolderError, copy_folder, read_seal, remove_folder, write_folder
 from lit_qlora.storage.foreign import read_object
 from lit_qlora.storage.run import RunFolder
 from lit_qlora.storage.state import num_bytes
 
-RESULT = "result.json"
 """The file in an adapter folder with its step and held-out figures."""
 
 

@@ -17,7 +17,7 @@ from lit_qlora.figures.charts import CURVES, draw_curves, peak_of
 from lit_qlora.figures.render import filled
 from lit_qlora.figures.samples import ends_in_words
 from lit_qlora.storage.config_file import as_yaml
-from lit_qlora.storage.folders import CARD
+from lit_qlora.storage.folders import ADAPTER_CONFIG, CARD
 from lit_qlora.storage.foreign import read_object
 from lit_qlora.storage.run import RECORD, RunFolder
 from lit_qlora.text.formats import chosen
@@ -59,7 +59,7 @@ def write_card(
         settings: This start's configuration; default: that of the run's first.
     """
     if settings or run.config.is_file():
-        base = read_object(folder / "adapter_config.json")["base_model_name_or_path"]
+        base = read_object(folder / ADAPTER_CONFIG)["base_model_name_or_path"]
         has_curves = draw_curves(folder / CURVES, figures, step)
         text = card(str(base), settings or run.read_config(), figures, step, training_s, has_curves)
         (folder / CARD).write_text(text, encoding="utf-8")

@@ -21,6 +21,7 @@ from lit_qlora.figures.samples import CONTEXT, LIMIT, ROWS_SHOWN, answered, ends
 from lit_qlora.place import COMMAND
 from lit_qlora.storage.config_file import as_yaml, read_options
 from lit_qlora.storage.files import write_file
+from lit_qlora.storage.folders import RESULT
 from lit_qlora.storage.foreign import object_in, read_object
 from lit_qlora.storage.run import RunFolder
 from lit_qlora.storage.settings import differences
@@ -59,7 +60,7 @@ def damage(run: RunFolder) -> Iterator[str]:
     for file in (run.metrics, run.samples):
         if numbers := damaged_lines(file):
             yield f"{file}: damaged lines ({len(numbers)}, from line {numbers[0]} on) are left out"
-    objects = (run.finished_mark, run.decisions, run.path / "adapter" / "result.json")
+    objects = (run.finished_mark, run.decisions, run.adapter / RESULT)
     readers: list[Callable[[], object]] = [partial(read_object, file) for file in objects if file.exists()]
     for read in (run.read_config, *readers):
         try:
@@ -70,7 +71,7 @@ def damage(run: RunFolder) -> Iterator[str]:
 
 def page(run: RunFolder) -> str:
     """The report as HTML."""
-    figures, best = _figures(run.metrics), object_in(run.path / "adapter" / "result.json")
+    figures, best = _figures(run.metrics), object_in(run.adapter / RESULT)
     step = best.get("step")
     step = step if type(step) is int and step in figures else max(figures, default=0)
     decided = object_in(run.decisions)

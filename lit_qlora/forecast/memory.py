@@ -411,7 +411,7 @@ def _recorded(step: Step, once: list[StepMemory]) -> list[StepMemory]:
 class Samples:
     """Sample answers: prompts, tokens of the longest, and new tokens of each.
 
-    ``own``: the prompts are the user's; ``assumed``: their tokens are not counted.
+    ``are_own``: the prompts are the user's; ``are_assumed``: their tokens are not counted.
     """
 
     num_prompts: int

@@ -20,11 +20,11 @@ from lit_qlora.model.architectures import Architecture, architecture_of
 from lit_qlora.model.config import read_config
 from lit_qlora.model.shape import Shape, known_config, target_names
 from lit_qlora.storage.files import LFS, parse_json, unreadable
+from lit_qlora.storage.folders import ADAPTER_CONFIG
 from lit_qlora.storage.reach import stored_file, use_cache_if_silent
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 """Where weights are searched for: in the one file, else in those named by the index, as in transformers."""
-ADAPTER = "adapter_config.json"
 
 base_error = partial(UserError, option="model.base")
 """An error about the base."""
@@ -109,9 +109,9 @@ def find_base(name: str, weights: bool = True) -> Base:
     else:
         config_file, files = _ask_hub(name)
     config = read_config(name, config_file)
-    if ADAPTER in files:
+    if ADAPTER_CONFIG in files:
         raise base_error(
-            f"{name} holds an adapter beside its config.json ({ADAPTER}), which would be applied to it unasked",
+            f"{name} holds an adapter beside its config.json ({ADAPTER_CONFIG}), which would be applied to it unasked",
             remedy="take that file out, or give the adapter by itself",
         )
     base = Base(name, location, config)
@@ -125,7 +125,7 @@ def _no_base(name: str, path: Path) -> UserError:
     if path.is_file():
         return base_error(f"{name} is a file, expected a Hugging Face model folder", remedy="give the folder")
     for adapter in (path, path / "adapter"):
-        if (adapter / ADAPTER).is_file():
+        if (adapter / ADAPTER_CONFIG).is_file():
             what = "an adapter" if adapter == path else "the folder of a run"
             remedy = f"give its base here, and to train it further --model.adapter {quote(str(adapter))}"
             return base_error(f"{name} is {what}, expected a base", remedy=remedy)

@@ -45,7 +45,7 @@ LEFT_FOR_S = 86_400
 CHECKED = "checked.json"
 """The file in a copy that records its state when it was last verified in full."""
 PLACES, AT_EACH = 32, 16_384
-"""A file's sample: bytes per place, and places, beginning and end among them."""
+"""A file's sample: places, beginning and end among them, and bytes at each."""
 
 _COPY = re.compile(r".+-[0-9a-f]+-nf4-\w+-\w+")
 _in_use: dict[Path, Held] = {}

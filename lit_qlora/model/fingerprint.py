@@ -27,7 +27,7 @@ ORIGINAL = "lit_qlora_original.json"
 """The file in a 4-bit copy that identifies its base."""
 
 PLACES, AT_EACH = 8, 512
-"""The sample of a large tensor: values per place, and places."""
+"""The sample of a large tensor: places, and values at each."""
 WHOLE_UP_TO = 16_384
 """Most values of a tensor that is read as a whole: every norm."""
 TINY = 2.0**-16

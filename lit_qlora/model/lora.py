@@ -21,7 +21,7 @@ from lit_qlora.model.base import Base
 from lit_qlora.model.fingerprint import fingerprint, shown
 from lit_qlora.model.shape import Shape, target_names
 from lit_qlora.storage.files import disk_error, unreadable
-from lit_qlora.storage.folders import CARD, MANIFEST, DamagedFolderError, verify_folder
+from lit_qlora.storage.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, MANIFEST, DamagedFolderError, verify_folder
 from lit_qlora.storage.foreign import read_object
 from lit_qlora.storage.run import RECORD
 from lit_qlora.text.formats import PromptFormat, chosen, from_record
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DEFAULT_FORMAT = chosen()
-WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
+PICKLE = "adapter_model.bin"
 PLACE = re.compile(
     rf"base_model\.model\.model\.layers\.(?P<layer>\d+)\.(?:self_attn|mlp)\.(?P<linear>{'|'.join(Shape.LINEARS)})\.lora_.*"
 )
@@ -105,13 +105,13 @@ def check_settings(folder: Path, lora: Lora) -> None:
 
 def _settings(folder: Path) -> dict[str, Any]:
     """Rank, alpha, rslora and dora of an adapter, by its adapter_config.json."""
-    config = read_object(folder / "adapter_config.json")
+    config = read_object(folder / ADAPTER_CONFIG)
     return {name: config.get(key) or False for name, key in IN_CONFIG.items()}
 
 
 def digest(folder: Path) -> str:
     """A sha256 over the weights of an adapter, by which a copy of it elsewhere is the same one."""
-    with (folder / WEIGHTS).open("rb") as file:
+    with (folder / ADAPTER_WEIGHTS).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -140,7 +140,7 @@ def adapted_layers(model: "PeftModel") -> set[int]:
 
 def has_bias(folder: Path | None) -> bool:
     """True if an adapter's LoRA has biases, which our own layers don't compute."""
-    return folder is not None and bool(read_object(folder / "adapter_config.json").get("lora_bias"))
+    return folder is not None and bool(read_object(folder / ADAPTER_CONFIG).get("lora_bias"))
 
 
 def load_adapter(
@@ -171,7 +171,7 @@ def load_adapter(
         )
     stored = stored_shapes(folder)
     try:
-        given = lora_config.arguments(read_object(folder / "adapter_config.json"))
+        given = lora_config.arguments(read_object(folder / ADAPTER_CONFIG))
         config = LoraConfig(**given, task_type="CAUSAL_LM", inference_mode=not trainable)
         if dropout is not None:
             config.lora_dropout = dropout
@@ -184,7 +184,9 @@ def load_adapter(
     except (SafetensorError, OSError, ValueError, re.error) as error:
         raise _unreadable(folder, error) from error
     if not all(torch.isfinite(parameter).all() for parameter in adapter_parameters(peft_model).values()):
-        raise UserError("it holds values that are not finite", place=folder / WEIGHTS, remedy="take another checkpoint")
+        raise UserError(
+            "it holds values that are not finite", place=folder / ADAPTER_WEIGHTS, remedy="take another checkpoint"
+        )
     return peft_model
 
 
@@ -234,7 +236,7 @@ def read_weights(folder: Path, expected: Mapping[str, Any]) -> dict[str, torch.T
         UserError: they are not finite, or are applied otherwise than in the run.
     """
     _check_unaltered(folder, expected)
-    file = folder / WEIGHTS
+    file = folder / ADAPTER_WEIGHTS
     try:
         weights = load_file(file)
     except (SafetensorError, OSError) as error:
@@ -262,7 +264,7 @@ def save_adapter(model: "PeftModel", base: Base, folder: Path, prompt_format: Pr
     except SafetensorError as error:
         raise disk_error(error, folder) from error
     # peft writes the local path of the base and an empty card; neither may leave this machine.
-    config_file = folder / "adapter_config.json"
+    config_file = folder / ADAPTER_CONFIG
     config = read_object(config_file)
     config["base_model_name_or_path"] = base.public_name
     # peft keeps them in a set, whose order differs between processes.
@@ -284,7 +286,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     Raises UserError if ``folder`` is no adapter, was altered, or has a prompt format unknown to this version.
     """
     lora_config.require_adapter(folder)
-    config = read_object(folder / "adapter_config.json")
+    config = read_object(folder / ADAPTER_CONFIG)
     kind = config.get("peft_type")
     if kind != "LORA":
         raise UserError(f"adapter_config.json has the peft_type {kind or 'null'}, expected LORA", place=folder)
@@ -377,7 +379,7 @@ def _check_unaltered(folder: Path, expected: Mapping[str, Any], remedy: str | No
 def stored_shapes(folder: Path) -> dict[str, list[int]]:
     """The shapes of an adapter's weights, by peft's names. Raises UserError if they can't be read."""
     try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
+        with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
             return {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise _unreadable(folder, error) from error

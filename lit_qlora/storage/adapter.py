@@ -9,14 +9,21 @@ from pathlib import Path
 
 from lit_qlora.console import complain
 from lit_qlora.errors import UserError
-from lit_qlora.storage.folders import DamagedFolderError, copy_folder, remove_folder, verify_folder
+from lit_qlora.storage.folders import (
+    ADAPTER_CONFIG,
+    RESULT,
+    DamagedFolderError,
+    copy_folder,
+    remove_folder,
+    verify_folder,
+)
 from lit_qlora.storage.foreign import object_in
 from lit_qlora.storage.run import RunFolder
 
 
 def is_adapter(folder: Path) -> bool:
     """True if ``folder`` holds an adapter, as peft saves one."""
-    return (folder / "adapter_config.json").is_file()
+    return (folder / ADAPTER_CONFIG).is_file()
 
 
 def require_trained(run: RunFolder, option: str, names_one: str, remedy: str) -> None:
@@ -113,7 +120,7 @@ def _put_aside(adapter: Path, name: str) -> Path:
 def _verify_adapter(folder: Path) -> int:
     """Verify an adapter's files and figures; return its step. Raises DamagedFolderError."""
     verify_folder(folder)
-    file = folder / "result.json"
+    file = folder / RESULT
     step = object_in(file).get("step") if file.is_file() else 0
     if type(step) is not int:
         raise DamagedFolderError(folder, file.name, "a step and its figures", "no step")

@@ -24,6 +24,8 @@ from lit_qlora.storage.files import SaveError, parse_json, sync_file, sync_folde
 MANIFEST = "manifest.json"
 CARD = "README.md"
 """The model card of an adapter or a merged model; editing it is no damage, since it does not alter the model."""
+ADAPTER_CONFIG, ADAPTER_WEIGHTS, RESULT = "adapter_config.json", "adapter_model.safetensors", "result.json"
+"""The files of an adapter: peft's two, and the step and held-out figures of one that a run saved."""
 VERSION = 1
 _LEFTOVER = re.compile(r"\.(?P<target>.+)\.(?P<kind>old|tmp|gone)-\d+-[0-9a-f]{8}")
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")

@@ -24,6 +24,7 @@ from lit_qlora.data.splits import FILES
 from lit_qlora.errors import UserError, require
 from lit_qlora.model.generate import Sampling
 from lit_qlora.storage.files import decoded, output_path, require_folder, saved_by
+from lit_qlora.storage.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from lit_qlora.text.conversation import Conversation
 from lit_qlora.text.formats import PromptFormat
 from lit_qlora.text.messages import LAST_UNSEEN
@@ -159,7 +160,7 @@ def _answer_batch(answerer: Answerer, ids: list[list[int]], sampling: Sampling, 
 def _belongs_to(answerer: Answerer, ids: list[list[int]], sampling: Sampling, batch_size: int) -> dict[str, Any]:
     """Everything that decides the answers, by the names of the options."""
     adapter = hashlib.sha256()
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         with (answerer.adapter / name).open("rb") as file:
             adapter.update(hashlib.file_digest(file, "sha256").digest())
     return {

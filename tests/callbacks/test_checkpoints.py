@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.plugins.precision import MixedPrecision
 
-from lit_qlora.callbacks.checkpoints import RESULT, RunCheckpoints, read_result
+from lit_qlora.callbacks.checkpoints import RunCheckpoints, read_result
 from lit_qlora.callbacks.steps import StepCallback
 from lit_qlora.callbacks.stop import StopWithoutGain
 from lit_qlora.figures.lines import read_lines
@@ -110,11 +110,15 @@ def fit_with(full_run, tiny, rows, folder, losses, **options):
 def test_the_adapter_is_that_of_the_best_validation(full_run, tiny, rows, tmp_path):
     module, weights, run = fit_with(full_run, tiny, rows, tmp_path / "run", [0.5, 3.0, 2.0, 2.0, 2.5])
     # Before the first step there is no adapter to keep; equally good is not better.
-    assert json.loads((run.adapter / RESULT).read_text("utf-8")) == {"step": 2, "val/loss": 2.0, "val/perplexity": 1.0}
+    assert json.loads((run.adapter / "result.json").read_text("utf-8")) == {
+        "step": 2,
+        "val/loss": 2.0,
+        "val/perplexity": 1.0,
+    }
     assert json.loads((run.adapter / "weight.json").read_text("utf-8")) == weights[2]
     assert module.weight.tolist() == weights[2] != weights[4]  # loaded back at the end
     verify_folder(run.adapter)
-    assert sorted(path.name for path in run.adapter.iterdir()) == ["manifest.json", RESULT, "weight.json"]
+    assert sorted(path.name for path in run.adapter.iterdir()) == ["manifest.json", "result.json", "weight.json"]
 
 
 @pytest.mark.parametrize(

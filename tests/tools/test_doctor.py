@@ -384,7 +384,7 @@ def test_little_host_memory(monkeypatch):
     told = "MemTotal: 4000000 kB\nMemFree: 9 kB\nMemAvailable: 1000000 kB\n"
     monkeypatch.setattr(Path, "read_text", lambda self, **how: told if "meminfo" in str(self) else real(self, **how))
     (found,) = surroundings.host_memory()
-    assert found.kind == "note" and found.text.startswith("host memory: 3.8 GiB, 1.0 available; loading a 7B takes 2.5")
+    assert found.kind == "note" and found.text.startswith("host memory: 3.8 GiB, 1.0 available; loading a 7B takes 2.2")
 
 
 def test_a_token_is_seen_and_not_shown(tell, monkeypatch, tmp_path):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from lit_qlora.errors import one_line
+from lit_qlora.forecast.disk import loading_bytes
 from lit_qlora.model import host
 from lit_qlora.place import INSTALL, requirements
 from lit_qlora.storage.files import GIB, existing_folder, free_bytes
@@ -29,8 +30,8 @@ MODULES = {
 TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 """Variables of the environment that may hold the hub's token."""
 WITHOUT_TORCH = ("jsonargparse", "datasets", "tensorboard")
-HOST_BYTES = 2.5 * GIB
-"""Python, torch with CUDA and one 16-bit weight of a 7B, as `plan` has it."""
+LARGEST = 32_000 * 4096
+"""Values of the largest weight of Llama-2-7b."""
 
 
 class Finding(NamedTuple):
@@ -308,8 +309,8 @@ def host_memory() -> Iterator[Finding]:
         return
     total, free = found
     shown = f"host memory: {total / GIB:.1f} GiB, {free / GIB:.1f} available"
-    if free < HOST_BYTES:
-        yield Finding("note", f"{shown}; loading a 7B takes {HOST_BYTES / GIB:.1f}", "end other programs")
+    if free < (needed := loading_bytes(LARGEST)):
+        yield Finding("note", f"{shown}; loading a 7B takes {needed / GIB:.1f}", "end other programs")
     else:
         yield Finding("ok", shown)
 

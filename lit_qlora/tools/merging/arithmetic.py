@@ -14,8 +14,9 @@ from torch import Tensor
 from lit_qlora.errors import UserError
 from lit_qlora.model import lora_config
 from lit_qlora.model.base import Base
-from lit_qlora.model.lora import WEIGHTS, stored_shapes
+from lit_qlora.model.lora import stored_shapes
 from lit_qlora.model.weights import BUFFER, STATE, is_linear, stored_tensors
+from lit_qlora.storage.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from lit_qlora.storage.foreign import read_object
 from lit_qlora.tools.merge import Onto
 
@@ -72,11 +73,11 @@ class LoraWeights:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._config = read_object(folder / "adapter_config.json")
+        self._config = read_object(folder / ADAPTER_CONFIG)
         lora_config.check(folder, self._config)
         if self._config.get("lora_bias"):
             raise UserError(f"{folder} has lora_bias, and a merge adds to weights, not to biases", option="adapter")
-        self._file = folder / WEIGHTS
+        self._file = folder / ADAPTER_WEIGHTS
         keys = stored_shapes(folder)  # peft's names, here by the base's name of the layer and the part of LoRA
         self._keys = {key.removeprefix("base_model.model.").removesuffix(".weight"): key for key in keys}
 

@@ -8,14 +8,12 @@ from typing import NamedTuple
 
 from lit_qlora.forecast import memory, words
 from lit_qlora.forecast.advice import quickest, smallest_change
+from lit_qlora.forecast.disk import loading_bytes
 from lit_qlora.forecast.foresee import Forecast
 from lit_qlora.forecast.words import duration
 from lit_qlora.model.base import Base
-from lit_qlora.storage.files import GIB
 from lit_qlora.wording import number_of, of_number
 
-LIBRARIES = 2 * GIB
-"""Python, torch with CUDA and the rest on the host: 0.5 GiB was measured without CUDA; the rest is an estimate."""
 OWN = "may fit, what transformers' own layers take beside not counted"
 TIGHT = f"may fit, within {memory.RESERVE:.0%} of the card"
 
@@ -86,9 +84,9 @@ def _surely(forecast: Forecast) -> str | None:
 
 def _host_lines(plan: Plan) -> Iterator[str]:
     shape = plan.forecast.shape
-    largest = 2 * max(shape.vocabulary * shape.hidden, *(i * o for i, o in shape.linears.values()))
+    largest = max(shape.vocabulary * shape.hidden, *(i * o for i, o in shape.linears.values()))
     before = [
-        ("host memory while loading: one weight, libraries", LIBRARIES + largest),
+        ("host memory while loading: one weight, libraries", loading_bytes(largest)),
         ("download of the base" + ("" if plan.download else ": it is here"), plan.download),
     ]
     yield from words.host_lines(plan.forecast, before)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lit_qlora.errors import UserError, require
+from lit_qlora.storage.folders import ADAPTER_CONFIG
 from lit_qlora.wording import number_of
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 Contents = dict[str, Path | bytes]
 """The files to send, by their names in the repository."""
 
-KINDS = {"adapter_config.json": "adapter", "config.json": "merged model"}
+KINDS = {ADAPTER_CONFIG: "adapter", "config.json": "merged model"}
 """The kind of a folder or a repository, by the file that marks it."""
 
 

@@ -14,7 +14,7 @@ from lit_qlora.console import complain
 from lit_qlora.data.datamodule import ChatDataModule
 from lit_qlora.data.sources import check_sources
 from lit_qlora.errors import UserError
-from lit_qlora.forecast.disk import run_folder_bytes
+from lit_qlora.forecast.host import run_folder_bytes
 from lit_qlora.model.base import Base, missing_bytes
 from lit_qlora.model.copies import Copies
 from lit_qlora.model.device import choose_precision, current_device

@@ -36,8 +36,6 @@ from lit_qlora.storage.foreign import read_object
 from lit_qlora.storage.run import RunFolder
 from lit_qlora.storage.state import num_bytes
 
-"""The file in an adapter folder with its step and held-out figures."""
-
 
 @dataclass(frozen=True)
 class Best:

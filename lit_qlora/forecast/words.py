@@ -7,8 +7,8 @@ import math
 from collections.abc import Iterator, Sequence
 
 from lit_qlora.forecast import memory
-from lit_qlora.forecast.disk import run_folder_bytes
 from lit_qlora.forecast.foresee import Forecast
+from lit_qlora.forecast.host import run_folder_bytes
 from lit_qlora.forecast.memory import Step
 from lit_qlora.place import COMMAND
 from lit_qlora.storage.files import GIB

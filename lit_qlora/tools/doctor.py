@@ -19,7 +19,7 @@ from lit_qlora import __version__
 from lit_qlora.console import fitted
 from lit_qlora.devices.launchers import check_whole, ignore_launchers
 from lit_qlora.errors import UserError, meant
-from lit_qlora.forecast.disk import run_folder_bytes
+from lit_qlora.forecast.host import run_folder_bytes
 from lit_qlora.place import CLONE, COMMAND, DEMO_CONFIG, INSTALL, PROGRAM, find_config
 from lit_qlora.quiet import quieten
 from lit_qlora.storage.files import size

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from lit_qlora.errors import one_line
-from lit_qlora.forecast.disk import loading_bytes
+from lit_qlora.forecast.host import loading_bytes
 from lit_qlora.model import host
 from lit_qlora.place import INSTALL, requirements
 from lit_qlora.storage.files import GIB, existing_folder, free_bytes

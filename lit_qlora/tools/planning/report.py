@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from lit_qlora.forecast import memory, words
 from lit_qlora.forecast.advice import quickest, smallest_change
-from lit_qlora.forecast.disk import loading_bytes
 from lit_qlora.forecast.foresee import Forecast
+from lit_qlora.forecast.host import loading_bytes
 from lit_qlora.forecast.words import duration
 from lit_qlora.model.base import Base
 from lit_qlora.wording import number_of, of_number

@@ -1,4 +1,4 @@
-"""Owns by formula what a fit takes beside the card: host memory, and its folder. Needs no package, as `doctor`."""
+"""Owns what a fit takes of the host by formula: memory, and its folder. Needs no package, for `doctor` runs without."""
 
 from lit_qlora.storage.files import GIB
 

@@ -18,6 +18,13 @@ class ExpectError(Protocol):
     ) -> UserError: ...
 
 
+def check_line(printed: str, *words: object, begins: str = "") -> None:
+    """Check that ``printed`` is one line, how it begins, and that it holds the words that matter."""
+    (line,) = printed.strip("\n").splitlines()
+    assert line.startswith(begins), line
+    assert [word for word in words if str(word) not in line] == [], line
+
+
 def check_first(verb: str, args: Sequence[str]) -> int:
     """As the command line does with the options ``args``, before anything heavy is imported."""
     from lit_qlora import precheck  # with jsonargparse, which not every test wants in its process

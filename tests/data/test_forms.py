@@ -13,6 +13,7 @@ from lit_qlora.data.row import WHOLE, WRITE_TURNS, RowError, read_row
 from lit_qlora.text import messages
 from lit_qlora.text.conversation import Conversation, Turn
 from tests.data.talks import said
+from tests.expect import check_line
 
 TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
 SHARED = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]
@@ -231,22 +232,22 @@ def test_a_text_in_a_known_form_comes_before_columns_beside():
 
 
 @pytest.mark.parametrize(
-    ("row", "problem"),
+    ("row", "words"),
     [
-        ({"instruction": "a", "output": None}, "column 'output' holds null, expected text"),
-        ({"question": "a", "answer": 4}, "column 'answer' holds a number, expected text"),
-        ({"question": "a", "answer": ["b", "c"]}, "column 'answer' holds a list, expected text"),
-        ({"question": "a", "context": ["b", "c"], "answer": "d"}, "column 'context' holds a list, expected text"),
-        ({"prompt": " ", "completion": "b"}, "turn 1: a turn of the user is empty"),
-        ({"prompt": "a", "completion": ""}, "turn 2: a turn of the assistant is empty"),
-        ({"query": "a", "response": "b", "history": ["c"]}, "the history is a list, expected a list of pairs of texts"),
-        ({"query": "a", "response": "b", "history": "c"}, "the history is a text, expected a list of pairs of texts"),
+        ({"instruction": "a", "output": None}, ["'output'", "null"]),
+        ({"question": "a", "answer": 4}, ["'answer'", "a number"]),
+        ({"question": "a", "answer": ["b", "c"]}, ["'answer'", "a list"]),
+        ({"question": "a", "context": ["b", "c"], "answer": "d"}, ["'context'", "a list"]),
+        ({"prompt": " ", "completion": "b"}, ["turn 1", "user", "empty"]),
+        ({"prompt": "a", "completion": ""}, ["turn 2", "assistant", "empty"]),
+        ({"query": "a", "response": "b", "history": ["c"]}, ["history is a list", "a list of pairs"]),
+        ({"query": "a", "response": "b", "history": "c"}, ["history is a text", "a list of pairs"]),
     ],
 )  # fmt: skip
-def test_columns_that_hold_no_conversation(row, problem):
+def test_columns_that_hold_no_conversation(row, words):
     with pytest.raises(RowError) as caught:
         read_row(row)
-    assert str(caught.value) == problem
+    check_line(str(caught.value), *words)
 
 
 @pytest.mark.parametrize(

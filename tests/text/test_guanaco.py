@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from lit_qlora.text import guanaco, messages
 from lit_qlora.text.conversation import Conversation, Turn
+from tests.expect import check_line
 
 REAL = Path(__file__).parents[2].parent / "shared" / "real" / "guanaco"
 
@@ -60,21 +61,21 @@ def test_rows_are_read_by_the_rule_of_markers(text, expected):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "words"),
     [
-        ("", "no '### Human:' in the text"),
-        ("### human: hi", "no '### Human:' in the text"),
-        ("### Assistant: yo", "only the assistant speaks, expected something that it answers"),
-        ("### User: hi\n### Assistant: yo", "no '### Human:' in the text before '### Assistant:'"),
-        ("### Instruction: hi ### Assistant: a ### Human: b", "no '### Human:' in the text before '### Assistant:'"),
-        ("### Human: ### Assistant: yo", "turn 1: a turn of the user is empty"),
-        ("### Human: hi### Assistant:\n### Human: c", "turn 2: a turn of the assistant is empty"),
+        ("", ["no '### Human:'"]),
+        ("### human: hi", ["no '### Human:'"]),
+        ("### Assistant: yo", ["only the assistant"]),
+        ("### User: hi\n### Assistant: yo", ["no '### Human:'", "before '### Assistant:'"]),
+        ("### Instruction: hi ### Assistant: a ### Human: b", ["no '### Human:'", "before '### Assistant:'"]),
+        ("### Human: ### Assistant: yo", ["turn 1", "user", "empty"]),
+        ("### Human: hi### Assistant:\n### Human: c", ["turn 2", "assistant", "empty"]),
     ],
 )
-def test_what_is_no_conversation_is_refused(text, message):
+def test_what_is_no_conversation_is_refused(text, words):
     with pytest.raises(ValueError) as caught:
         read(text)
-    assert str(caught.value) == message
+    check_line(str(caught.value), *words)
 
 
 def test_rendered():

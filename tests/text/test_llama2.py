@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from lit_qlora.text import llama2, llama2_rows, messages
 from lit_qlora.text.conversation import Conversation, TextError, Turn
+from tests.expect import check_line
 
 REAL = Path(__file__).parents[2].parent / "shared" / "real" / "guanaco"
 
@@ -99,27 +100,27 @@ def test_rows_are_read(text, expected):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "words"),
     [
-        ("", "no [INST] in the text"),
-        ("### Human: hi", "no [INST] in the text"),
-        ("so: <s>[INST] hi [/INST] yo", "text stands before the first [INST]"),
-        ("<s>[INST] hi", "turn 1: [INST] without its [/INST]"),
-        ("[INST] a [INST] b [/INST] c", "turn 1: [INST] without its [/INST]"),
-        ("[INST] a [/INST] b </s><s>[INST] c", "turn 3: [INST] without its [/INST]"),
-        ("[INST] a [/INST] b [/INST] c", "turn 2: [/INST] without its [INST]"),
-        ("[INST] [/INST] b", "turn 1: a turn of the user is empty"),
-        ("[INST] <<SYS>> s <</SYS>> [/INST] b", "turn 1: a turn of the user is empty"),
-        ("[INST] a [/INST] </s>", "turn 2: a turn of the assistant is empty"),
-        ("[INST] a [/INST] [INST] b [/INST] c", "turn 2: a turn of the assistant is empty"),
-        ("[INST] a [/INST] b [INST] [/INST] c", "turn 3: a turn of the user is empty"),
-        ("[INST] <<SYS>> s [/INST] b", "the system text opens with <<SYS>> and is never closed by <</SYS>>"),
+        ("", ["no [INST]"]),
+        ("### Human: hi", ["no [INST]"]),
+        ("so: <s>[INST] hi [/INST] yo", ["before the first [INST]"]),
+        ("<s>[INST] hi", ["turn 1", "[INST] without its [/INST]"]),
+        ("[INST] a [INST] b [/INST] c", ["turn 1", "[INST] without its [/INST]"]),
+        ("[INST] a [/INST] b </s><s>[INST] c", ["turn 3", "[INST] without its [/INST]"]),
+        ("[INST] a [/INST] b [/INST] c", ["turn 2", "[/INST] without its [INST]"]),
+        ("[INST] [/INST] b", ["turn 1", "user", "empty"]),
+        ("[INST] <<SYS>> s <</SYS>> [/INST] b", ["turn 1", "user", "empty"]),
+        ("[INST] a [/INST] </s>", ["turn 2", "assistant", "empty"]),
+        ("[INST] a [/INST] [INST] b [/INST] c", ["turn 2", "assistant", "empty"]),
+        ("[INST] a [/INST] b [INST] [/INST] c", ["turn 3", "user", "empty"]),
+        ("[INST] <<SYS>> s [/INST] b", ["system", "<<SYS>>", "<</SYS>>"]),
     ],
 )
-def test_what_is_no_conversation_is_refused(text, message):
+def test_what_is_no_conversation_is_refused(text, words):
     with pytest.raises(ValueError) as caught:
         read(text)
-    assert str(caught.value) == message
+    check_line(str(caught.value), *words)
 
 
 def render(conversation: Conversation) -> str:

@@ -572,17 +572,13 @@ def test_a_bad_option_is_one_line(
 
 
 def test_a_logger_whose_package_is_missing_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expect_error: ExpectError
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(load, "load_base", _never)
     monkeypatch.setattr(wandb, "_WANDB_AVAILABLE", RequirementCache("wandb-that-is-not-there>=0.12.10"))
-    assert main(["fit", "--run", "./run", "--trainer.logger", "lightning.pytorch.loggers.WandbLogger"]) == 2
-    assert capsys.readouterr().err == (
-        "error: trainer.logger: WandbLogger can't be made: Requirement "
-        "'wandb-that-is-not-there>=0.12.10' not met. "
-        "HINT: Try running `pip install -U 'wandb-that-is-not-there>=0.12.10'`\n"
-    )
+    command = ["fit", "--run", "./run", "--trainer.logger", "lightning.pytorch.loggers.WandbLogger"]
+    expect_error(command, "WandbLogger", "pip install -U 'wandb-that-is-not-there>=0.12.10'", option="trainer.logger")
     assert not Path("run").exists()
 
 

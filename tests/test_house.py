@@ -18,6 +18,9 @@ from lit_qlora.usage import EXAMPLES
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "lit_qlora").rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
+WRAPPED = ROOT / "tests" / "test_console.py"
+"""Where lines break, which takes whole ones to see."""
 FLOORS = {
     "__version__": -1, "place": -1, "secrecy": -1,  # even an error may name the command, and show no secret
     "wording": -1, "columns": -1,
@@ -139,6 +142,22 @@ def test_json_has_one_reader(path: Path) -> None:
         return
     for line in path.read_text().splitlines():
         assert not re.search(r"\bjson\.loads?\b(?!\(file\)|\(.*\.to_str\(\))", line), line
+
+
+@pytest.mark.parametrize("path", sorted({*TESTS} - {WRAPPED}), ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_test_freezes_the_sentence_of_an_error(path: Path) -> None:
+    """Its fields and the words that matter are compared (tests/expect.py): a sentence can be improved without them."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Eq):
+            sides = [part for side in (node.left, *node.comparators) for part in getattr(side, "elts", [side])]
+            whole = [side for side in sides if re.match("(error|warning): ", words := _literal(side)) and ";" in words]
+            assert not whole, f"line {node.lineno}: {ast.unparse(node)}"
+
+
+def _literal(node: ast.expr) -> str:
+    """The text that a literal holds, without what an f-string puts in; empty for anything else."""
+    parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+    return "".join(one.value for one in parts if isinstance(one, ast.Constant) and isinstance(one.value, str))
 
 
 def test_each_verb_has_its_examples() -> None:

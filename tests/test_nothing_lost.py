@@ -29,7 +29,7 @@ from lit_qlora.storage.adapter import mend_adapter
 from lit_qlora.storage.lock import RunLock
 from lit_qlora.storage.run import RunFolder
 from lit_qlora.storage.state import load_state, save_state
-from tests.expect import ExpectError
+from tests.expect import ExpectError, check_line
 
 QUICK = ["--trainer.max_steps", "4", "--trainer.val_check_interval", "100", "--trainer.log_every_n_steps", "1",
          "--save_every_steps", "2", "--samples.count", "0", "--trainer.limit_val_batches", "1"]  # fmt: skip
@@ -125,10 +125,7 @@ def test_figures_that_found_no_room_to_the_end_are_status_1_and_the_same_command
         assert main(FIT) == 1
     first, last = capsys.readouterr().err.splitlines()
     assert first.startswith(f"error: {problem}; training continues, its ")
-    assert last == (
-        f"error: trained to the end, and not saved: {problem}; the same command resumes from the last existing "
-        "checkpoint"
-    )
+    check_line(last, "not saved", problem, "resumes from the last existing checkpoint", begins="error: ")
     assert not Path("run/finished.json").exists()
     assert main(FIT) == 0
     assert capsys.readouterr().err == ""
@@ -244,9 +241,8 @@ def test_a_damaged_checkpoint(run: Path, capsys: pytest.CaptureFixture[str], dam
         DAMAGES[damage](run / "checkpoints/step-00000004/state.safetensors")
     DAMAGES[damage](run / "checkpoints/step-00000002/state.safetensors")
     assert main(FIT) == 2
-    assert capsys.readouterr().err.splitlines()[2:] == [
-        "error: run: no checkpoint in run/checkpoints is whole; start anew with another --run"
-    ]
+    (last,) = capsys.readouterr().err.splitlines()[2:]
+    check_line(last, "run/checkpoints", "whole", "another --run", begins="error: run: ")
     assert not Path("pwned").exists()
 
 
@@ -282,42 +278,30 @@ def test_a_resealed_checkpoint_that_lacks_a_part_is_gone_behind(
     (run / "finished.json").unlink()
     change_state(folder, lambda state: state.pop(part))
     assert main(FIT) == 0
-    assert capsys.readouterr().err == (
-        f"warning: {folder}: 'state.json': expected a training's state, found no {part}; "
-        "falling back to the previous checkpoint\n"
-    )
+    words = "'state.json'", f"found no {part}", "falling back to the previous checkpoint"
+    check_line(capsys.readouterr().err, *words, begins=f"warning: {folder}: ")
     assert (folder / "state.safetensors").read_bytes() == whole
     assert load_state(folder, with_tensors=False)["run"]["steps"] == 4
 
 
-def test_a_resealed_checkpoint_whose_record_lacks_a_part_is_refused(
-    run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_resealed_checkpoint_whose_record_lacks_a_part_is_refused(run: Path, expect_error: ExpectError) -> None:
     folder = run / "checkpoints/step-00000004"
     (run / "finished.json").unlink()
     change_state(folder, lambda state: state["run"].pop("prompt_format"))
     for command in (FIT, ["validate", "--run", "./run", "--ckpt_path", "last"]):
-        assert main(command) == 2
-        assert capsys.readouterr().err == (
-            f"error: run: {folder} was altered: its record of the run has no prompt_format; remove that folder, to "
-            "resume from the one before\n"
-        )
+        expect_error(command, folder, "no prompt_format", "remove that folder", option="run")
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_a_resealed_checkpoint_with_a_weight_that_is_not_finite_is_refused(
-    run: Path, capsys: pytest.CaptureFixture[str], value: str
+    run: Path, value: str, expect_error: ExpectError
 ) -> None:
     folder = run / "checkpoints/step-00000004"
     (run / "finished.json").unlink()
     name = "model.base_model.model.model.layers.0.mlp.down_proj.lora_A.default.weight"
     change_state(folder, lambda state: state["state_dict"][name].view(-1)[3:4].fill_(float(value)))
     for command in (FIT, ["validate", "--run", "./run", "--ckpt_path", "last"]):
-        assert main(command) == 2
-        assert capsys.readouterr().err == (
-            f"error: {folder}: {name} holds values that are not finite: it was altered; remove that checkpoint's "
-            "folder, to resume from the one before\n"
-        )
+        expect_error(command, name, "not finite", "remove that checkpoint's folder", place=folder)
     shutil.rmtree(folder)
     assert main(FIT) == 0
 
@@ -333,12 +317,10 @@ def test_files_of_other_programs_do_no_harm(run: Path, capsys: pytest.CaptureFix
     assert main(["validate", "--run", "./run", "--ckpt_path", "last"]) == 0
 
 
-def test_a_checkpoint_that_is_not_there(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["validate", "--run", "./run", "--ckpt_path", "run/checkpoints/step-00000009"]) == 2
-    assert capsys.readouterr().err == (
-        "error: ckpt_path: run/checkpoints/step-00000009: expected a folder, found nothing; "
-        "give best, last, base, or a folder that is whole\n"
-    )
+def test_a_checkpoint_that_is_not_there(run: Path, expect_error: ExpectError) -> None:
+    folder = "run/checkpoints/step-00000009"
+    words = "found nothing", "best, last, base, or a folder"
+    expect_error(["validate", "--run", "./run", "--ckpt_path", folder], folder, *words, option="ckpt_path")
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "result.json"])
@@ -511,24 +493,18 @@ def test_a_run_with_classes_of_ones_own_goes_on_by_the_same_command(
     ],
 )
 def test_a_checkpoint_knows_its_settings_without_config_yaml(
-    run: Path, capsys: pytest.CaptureFixture[str], changed: list[str], told: str
+    run: Path, changed: list[str], told: str, expect_error: ExpectError
 ) -> None:
     (run / "finished.json").unlink(missing_ok=True)
     (run / "config.yaml").unlink()
     longer = [*FIT, "--trainer.max_steps", "6"]
-    assert main([*longer, *changed]) == 2
-    assert capsys.readouterr().err == (
-        f"error: run: run was started with other settings: {told}; give --run NAME to start another run\n"
-    )
+    expect_error([*longer, *changed], told, "--run NAME", option="run")
     assert main(longer) == 0
 
 
-def test_a_url_is_no_run_folder(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_url_is_no_run_folder(here: Path, expect_error: ExpectError) -> None:
     for verb in ("fit", "validate"):
-        assert main([verb, "--run", "http://example.org/x"]) == 2
-        assert capsys.readouterr().err == (
-            "error: run: http://example.org/x is a URL, and runs are only kept on this machine: give a folder\n"
-        )
+        expect_error([verb, "--run", "http://example.org/x"], "http://example.org/x", "give a folder", option="run")
     assert list(here.iterdir()) == []
 
 
@@ -705,17 +681,14 @@ def test_a_best_adapter_that_is_damaged_with_its_copy_comes_from_the_mirror(
 
 
 def test_an_older_adapter_in_the_mirror_is_not_taken_for_the_best_of_a_finished_run(
-    run: Path, mirrored: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, mirrored: Path, expect_error: ExpectError
 ) -> None:
     """As a drive has it that was full at the end."""
     reseal(mirrored / "adapter", lambda new: (new / "result.json").write_text('{"step": 2, "val/loss": 9.0}'))
     for folder in ("adapter", "adapter.copy"):
         shutil.rmtree(run / folder)
-    assert main([*FIT, "--mirror", "drive"]) == 2
-    assert capsys.readouterr().err == (
-        "error: run/adapter: expected a folder, found nothing; the run is finished, and no intact copy of its adapter "
-        "is left; train it with another --run\n"
-    )
+    words = "found nothing", "no intact copy", "another --run"
+    expect_error([*FIT, "--mirror", "drive"], "run/adapter", *words)
 
 
 def test_a_checkpoint_in_the_mirror_is_looked_at_as_one_here(
@@ -735,19 +708,16 @@ def test_a_checkpoint_in_the_mirror_is_looked_at_as_one_here(
     shutil.rmtree(run)
     assert main([*FIT, "--mirror", "drive"]) == 2
     warning, error = capsys.readouterr().err.splitlines()
-    assert warning == (
-        f"warning: mirror: {folder}: 'state.json': expected a training's state, found no run; "
-        "falling back to the previous checkpoint"
-    )
+    check_line(warning, "'state.json'", "found no run", "previous checkpoint", begins=f"warning: mirror: {folder}: ")
     assert error.startswith("error: mirror: no checkpoint in drive/run/checkpoints is whole; give another --mirror, ")
 
 
-def test_a_start_that_fails_leaves_nothing_in_the_mirror(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_start_that_fails_leaves_nothing_in_the_mirror(
+    here: Path, capsys: pytest.CaptureFixture[str], expect_error: ExpectError
+) -> None:
     assert main([*FIT, "--mirror", "drive", "--data.source", "nope.jsonl"]) == 2
     assert "nope.jsonl: no such file" in capsys.readouterr().err
     assert sorted(path.name for path in here.iterdir()) == ["drive"]
     assert list(Path("drive").iterdir()) == []
-    assert main([*FIT, "--mirror", "content/drive/MyDrive"]) == 2
-    assert capsys.readouterr().err == (
-        "error: mirror: there is no folder content/drive; mount the drive, or give another one\n"
-    )
+    words = "no folder content/drive", "mount the drive"
+    expect_error([*FIT, "--mirror", "content/drive/MyDrive"], *words, option="mirror")

@@ -16,6 +16,7 @@ from lit_qlora.storage import files, folders
 from lit_qlora.storage.folders import verify_folder
 from lit_qlora.storage.run import RunFolder
 from lit_qlora.storage.state import load_state
+from tests.expect import check_line
 
 
 @pytest.fixture
@@ -151,7 +152,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_only_warned_of(
     parts.trainer.fit(tiny(), datamodule=rows(3))
     assert parts.run.saved_steps() == [1, 2, 3]
     old = parts.run.checkpoint(1)
-    assert capsys.readouterr().err == f"warning: the old checkpoint {old} can't be removed: Permission denied\n"
+    check_line(capsys.readouterr().err, old, "can't be removed", "Permission denied", begins="warning: ")
 
 
 def test_time_between_saves_is_bounded_and_changes_no_number(full_run, tiny, rows, tmp_path):
@@ -219,9 +220,7 @@ def test_lines_that_do_not_fit_are_kept_and_written_later(tmp_path, capsys, full
     file.log_metrics({"a": 3}, step=3)
     file.log_metrics({"a": 4}, step=4)
     file.log_metrics({"a": 5}, step=5)
-    assert capsys.readouterr().err == (
-        f"error: {path} can't be written: No space left on device; training continues, its lines are kept for later\n"
-    )
+    check_line(capsys.readouterr().err, "No space left on device", "kept for later", begins=f"error: {path} ")
     state = file.state_dict()
     full_disk[0] = None
     shutil.copytree(tmp_path, tmp_path / "copy")

@@ -12,6 +12,7 @@ from lit_qlora.data.tokenizer import NAMED, file_of, load_tokenizer
 from lit_qlora.errors import UserError
 from lit_qlora.quiet import quieten
 from lit_qlora.text import messages
+from tests.expect import check_line
 
 MODEL = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 
@@ -139,9 +140,8 @@ def test_the_ids_are_metas_whatever_the_config_says(real, tmp_path, config):
 
 def test_llama_2_without_bos_is_refused(real, tmp_path):
     name = base(tmp_path / "base", (real / "llama2-tokenizer").iterdir(), {"bos_token": None})
-    assert refused(name) == (
-        f"model.base: the tokenizer of {name!r} has Llama 2's vocabulary and no BOS token, with which all of its texts "
-        "begin; name it in tokenizer_config.json (bos_token, <s>), or take another copy"
+    check_line(
+        refused(name), f"{name!r}", "no BOS token", "tokenizer_config.json (bos_token, <s>)", begins="model.base: "
     )
 
 
@@ -152,10 +152,7 @@ def test_ids_that_stay_others_are_refused(real, tmp_path):
     rules = json.loads((tmp_path / "base" / "tokenizer.json").read_text(encoding="utf-8"))
     rules["normalizer"]["normalizers"] = rules["normalizer"]["normalizers"][1:]
     (tmp_path / "base" / "tokenizer.json").write_text(json.dumps(rules), encoding="utf-8")
-    assert refused(name) == (
-        f"model.base: the tokenizer of {name!r} has Llama 2's vocabulary, and its ids of a text are others than "
-        "Llama 2's; take another copy"
-    )
+    check_line(refused(name), f"{name!r}", "ids of a text", "another copy", begins="model.base: ")
 
 
 def test_a_tokenizer_model_alone_will_do(real, tmp_path):
@@ -176,26 +173,24 @@ def test_a_tokenizer_model_with_empty_special_tokens_is_told(real, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("there", "told"),
+    ("there", "words"),
     [
-        (False, "it has no tokenizer.json, and a tokenizer.model needs sentencepiece; pip install sentencepiece"),
-        (True, "it has no tokenizer.json, and its tokenizer.model is no whole one of sentencepiece; copy it again"),
+        (False, ["needs sentencepiece", "pip install sentencepiece"]),
+        (True, ["its tokenizer.model is no whole one", "copy it again"]),
     ],
 )
-def test_a_tokenizer_model_that_can_not_be_read_is_one_line(tmp_path, monkeypatch, caplog, there, told):
+def test_a_tokenizer_model_that_can_not_be_read_is_one_line(tmp_path, monkeypatch, caplog, there, words):
     quieten()
     name = base(tmp_path / "base", [])
     (tmp_path / "base" / "tokenizer.model").write_bytes(b"torn")
     (tmp_path / "base" / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}', encoding="utf-8")
     monkeypatch.setattr("lit_qlora.data.tokenizer.find_spec", lambda _: there or None)
-    assert refused(name) == told
+    check_line(refused(name), "no tokenizer.json", *words)
     assert caplog.records == []
 
 
 def test_a_folder_without_a_tokenizer_is_one_line(tmp_path):
-    assert refused(base(tmp_path / "base", [])) == (
-        "it has neither tokenizer.json nor tokenizer.model; copy one of them there, or take another copy"
-    )
+    check_line(refused(base(tmp_path / "base", [])), "neither tokenizer.json nor tokenizer.model", "copy one")
 
 
 # What stands in the files of others

@@ -20,7 +20,7 @@ from lit_qlora.devices.starting import LOST, take_place
 from lit_qlora.devices.world import World, world
 from lit_qlora.errors import UserError
 from lit_qlora.signals import SIGNALS
-from tests.expect import check_first
+from tests.expect import check_first, check_line
 
 ROOT = Path(__file__).parents[2]
 
@@ -269,7 +269,9 @@ def test_a_fault_is_shown_whole() -> None:
 
 
 def test_one_that_ends_without_a_word_is_named() -> None:
-    assert ended(started("sys.exit(3 if rank else 0)")) == (3, "", "error: process 1 of 2: ended with status 3\n")
+    status, out, err = ended(started("sys.exit(3 if rank else 0)"))
+    assert (status, out) == (3, "")
+    check_line(err, "status 3", begins="error: process 1 of 2: ")
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -20,6 +20,7 @@ from lit_qlora.storage.folders import (
     verify_folder,
     write_folder,
 )
+from tests.expect import check_line
 
 HELLO = hashlib.sha256(b"hello\n").hexdigest()
 
@@ -177,8 +178,9 @@ def test_a_flipped_bit(whole: Path) -> None:
     expected = hashlib.sha256(b"hello\n" * 1000).hexdigest()
     with pytest.raises(DamagedFolderError) as caught:
         verify_folder(whole)
-    assert str(caught.value) == (
-        f"{whole}: 'sub/b.bin': expected sha256={expected}, found sha256={hashlib.sha256(data).hexdigest()}"
+    found = hashlib.sha256(data).hexdigest()
+    check_line(
+        str(caught.value), "'sub/b.bin'", f"expected sha256={expected}", f"found sha256={found}", begins=f"{whole}"
     )
     assert isinstance(caught.value, UserError)
 

@@ -35,6 +35,7 @@ from lit_qlora.tools.answering.dialog import Dialog
 from lit_qlora.tools.answering.streaming import TextStream
 from lit_qlora.tools.answering.terminal import Terminal, side_by_side
 from tests.answers import answers
+from tests.expect import check_line
 
 ROOT = Path(__file__).parents[2]
 SILAS = "Who goes everywhere with Silas?"
@@ -185,9 +186,7 @@ def test_nothing_on_standard_input_is_one_line(here, piped, capsys):
 def test_no_run_yet_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["chat", "--prompt", "x"]) == 2
-    assert capsys.readouterr().err == (
-        "error: no run in runs/: train one first with 'python main.py fit', or name one with --run\n"
-    )
+    check_line(capsys.readouterr().err, "no run in runs/", "'python main.py fit'", "--run", begins="error: ")
 
 
 def test_an_altered_adapter_is_refused_before_the_base_is_loaded(here, trained, capsys, monkeypatch):

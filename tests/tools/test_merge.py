@@ -32,6 +32,7 @@ from lit_qlora.tools.merging import compare
 from lit_qlora.tools.merging.arithmetic import LoraWeights, as_trained
 from lit_qlora.tools.merging.folder import _is_of
 from tests.answers import answers
+from tests.expect import check_line
 
 SHORT = ["--trainer.val_check_interval", "100", "--samples.count", "0", "--trainer.limit_val_batches", "2"]
 QUESTION = Conversation((Turn("user", "Who goes everywhere with Silas?"),))
@@ -270,17 +271,15 @@ def refusal(capsys, *options) -> str:
 def test_an_output_that_stands_there(run, merged, capsys):
     before = (merged / "config.json").stat().st_mtime_ns
     told = refusal(capsys, "--run", run, "--output", merged)
-    assert told == f"error: output: {merged} exists already; give another name or remove it\n"
+    check_line(told, "exists already", "another name", begins=f"error: output: {merged} ")
     assert (merged / "config.json").stat().st_mtime_ns == before
 
 
 def test_a_disk_without_room(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10_000_000}))
     told = refusal(capsys, "--run", run, "--output", tmp_path / "a" / "out")
-    assert told == (
-        f"error: output: {tmp_path / 'a' / 'out'} needs 70.3 MB, and the disk has 10.0 MB left; free some, or give a "
-        "folder on another disk\n"
-    )
+    words = "needs 70.3 MB", "10.0 MB left", "another disk"
+    check_line(told, *words, begins=f"error: output: {tmp_path / 'a' / 'out'} ")
 
 
 def test_a_disk_that_fills_up_on_the_way(run, tmp_path, capsys, monkeypatch):

@@ -22,6 +22,7 @@ from lit_qlora.text.conversation import Conversation, Turn
 from lit_qlora.tools.answering import tabs, web
 from lit_qlora.tools.answering.answerer import Answer, Answerer
 from tests.answers import answers
+from tests.expect import check_line
 
 pytestmark = [
     # A server that ends in mid-talk with a browser leaves its connections to the garbage collector.
@@ -49,7 +50,7 @@ def test_without_gradio_it_is_one_line_and_nothing_is_loaded(found, what, traine
     monkeypatch.setattr(web, "version", version)
     monkeypatch.setattr("lit_qlora.tools.chat.Answerer", lambda *_: pytest.fail("something was loaded"))
     assert main(["chat", "--web", "--run", str(trained)]) == 2
-    assert capsys.readouterr().err == f"error: web: {what}; pip install -r requirements-web.txt\n"
+    check_line(capsys.readouterr().err, what, "pip install -r requirements-web.txt", begins="error: web: ")
 
 
 @pytest.mark.parametrize(

@@ -266,7 +266,9 @@ def _end_with_parent(_: int) -> None:
         threading.Thread(target=wait, args=[parent.sentinel], daemon=True).start()
 
 
-_open: weakref.WeakSet[Generator[Batch, None, None]] = weakref.WeakSet()
+_open: weakref.WeakKeyDictionary[Generator[Batch, None, None], list[Iterator[Batch]]] = weakref.WeakKeyDictionary()
+"""Epochs, each with the DataLoader's iterator: were that garbage, too, its queues would be closed before it could end
+its workers."""
 
 
 @atexit.register
@@ -323,11 +325,12 @@ class ResumableLoader:
         return self.available
 
     def __iter__(self) -> Iterator[Batch]:
-        batches = self._batches()
-        _open.add(batches)
+        loaded: list[Iterator[Batch]] = []
+        batches = self._batches(loaded)
+        _open[batches] = loaded
         return batches
 
-    def _batches(self) -> Generator[Batch, None, None]:
+    def _batches(self, loaded: list[Iterator[Batch]]) -> Generator[Batch, None, None]:
         loader: DataLoader[Batch] = DataLoader(
             self._plan(self._epoch).behind(self._done),
             batch_size=None,
@@ -336,13 +339,16 @@ class ResumableLoader:
             worker_init_fn=_end_with_parent,
         )
         with no_signals_for_children():  # the workers end with the epoch, or with this process
-            batches = iter(loader)
-        for batch in batches:
-            # Counted before it is yielded: the holder of a batch saves the state after it.
-            self._done += 1
-            if self._done == self.length:
-                self._epoch, self._done = self._epoch + 1, 0
-            yield batch
+            loaded.append(iter(loader))
+        try:
+            for batch in loaded[0]:
+                # Counted before it is yielded: the holder of a batch saves the state after it.
+                self._done += 1
+                if self._done == self.length:
+                    self._epoch, self._done = self._epoch + 1, 0
+                yield batch
+        finally:
+            loaded.clear()
 
     def efficiency(self) -> float:
         """The share of the devices' time in which they compute, in the first epoch, by tokens."""

@@ -214,9 +214,11 @@ def test_workers_end_with_a_parent_that_is_killed():
     assert left == []
 
 
-def test_batches_that_nobody_took_to_their_end_hold_no_process_up():
-    code = "from tests.data.test_batching import loader\n"
-    code += "batches = iter(loader([3] * 3000, num_workers=1))\nprint(next(batches).input_ids.shape)"
+@pytest.mark.parametrize("then", ["", "held = [batches]; held.append(held); del batches, held; gc.collect()"])
+def test_batches_that_nobody_took_to_their_end_hold_no_process_up(then):
+    """Be they there at its end, or gone in a cycle of references, such as an error's with the frames of a Trainer."""
+    code = "import gc\nfrom tests.data.test_batching import loader\n"
+    code += f"batches = iter(loader([3] * 3000, num_workers=1))\nprint(next(batches).input_ids.shape)\n{then}"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )

@@ -16,7 +16,7 @@ from lit_qlora.console import complain, prepare, say_imports
 from lit_qlora.devices import starting
 from lit_qlora.devices.mistakes import report
 from lit_qlora.devices.world import world
-from lit_qlora.errors import SecretError, UserError, cut, excerpt, nearest, one_line
+from lit_qlora.errors import SecretError, UserError, cut, excerpt, nearest
 from lit_qlora.place import CLONE, COMMAND, INSTALL
 from lit_qlora.secrecy import holds_secret, redact
 from lit_qlora.signals import leave_in_one_line, nothing_open
@@ -121,13 +121,15 @@ UNREACHABLE = {
 """What is wrong with a path, whichever option gave it, by the system's number, and what to do."""
 
 
-def _of_a_path(error: Exception) -> str | None:
+def _of_a_path(error: BaseException | None) -> str | None:
     """What is wrong with a path that the system can't follow, whichever option gave it; None for another error."""
+    if isinstance(error, RuntimeError) and getattr(error.__context__, "errno", None) == errno.ELOOP:
+        return _of_a_path(error.__context__)  # pathlib's own for a loop, up to Python 3.12
     number, file = getattr(error, "errno", None), getattr(error, "filename", None)
     if number == errno.ENAMETOOLONG:
         return f"{str(file)[:60]}…: no path may be so long here"
-    if number == errno.ELOOP or str(error).startswith("Symlink loop from "):  # the second is pathlib's, up to 3.12
-        return f"{file or one_line(error)}: a link that leads to itself; give the file or folder itself"
+    if number == errno.ELOOP:
+        return f"{file}: a link that leads to itself; give the file or folder itself"
     if file is not None and number in UNREACHABLE:
         return f"{file}: {UNREACHABLE[number]}"
     if number == errno.ENOENT:

@@ -3,6 +3,7 @@
 Knows no option's meaning.
 """
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from shlex import quote
@@ -19,14 +20,13 @@ from lit_qlora.storage.run import RunFolder
 from lit_qlora.text.conversation import HALF, is_whole
 
 _QUOTE = "put quotes around the value"
-REMEDIES = {
-    "mapping values are not allowed": f"{_QUOTE}, if ': ' is in it, or indent the line as those before it",
-    "found character '\\t'": "indent with spaces, not with tabs",
-    "cannot start any token": _QUOTE,
-    "undefined alias": _QUOTE,
-    "escape": "put ' in place of \" around the value",
-}
-"""What to do, by words of PyYAML's about values as people write them."""
+REMEDIES = (
+    (r"\0\t", "indent with spaces, not with tabs"),
+    (r"\0:", f"{_QUOTE}, if ': ' is in it, or indent the line as those before it"),
+    (r"\0[@`%*]|\*\0", _QUOTE),
+    (r"\\\w*\0", "put ' in place of \" around the value"),
+)
+"""What to do about values as people write them, by what stands around the place, ``\\0``, where PyYAML stops."""
 
 
 def _no_config(path: Path) -> UserError:
@@ -71,9 +71,9 @@ def check_config_file(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoade
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)  # of a character that YAML can't hold there is a position alone
         line = mark.line + 1 if mark else text[: getattr(error, "position", 0)].count("\n") + 1
-        problem = problem_of(error)
-        remedy = next((remedy for words, remedy in REMEDIES.items() if words in problem), None)
-        raise UserError(f"no valid YAML: {problem}", place=f"{path}:{line}", remedy=remedy) from error
+        around = f"{text[: mark.index]}\0{text[mark.index :]}" if mark else ""
+        remedy = next((remedy for pattern, remedy in REMEDIES if re.search(pattern, around)), None)
+        raise UserError(f"no valid YAML: {problem_of(error)}", place=f"{path}:{line}", remedy=remedy) from error
     if root is None:
         raise UserError("the file is empty", place=path)
     if not isinstance(root, yaml.MappingNode):

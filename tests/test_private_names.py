@@ -7,6 +7,7 @@ import ast
 import importlib
 import importlib.util
 import inspect
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -122,3 +123,54 @@ def _overridden() -> Iterator[tuple[str, str]]:
 
 def _is_private(name: str, but: set[str]) -> bool:
     return name.startswith("_") and not name.startswith("__") and name.isidentifier() and name not in {"_", *but}
+
+
+SENTENCES_READ = {
+    "storage/files.py": "safetensors raises the system's number of an error in its sentence alone",
+    "options.py": "jsonargparse wraps the errors of an option in sentences, and drops them",
+}
+"""Modules that read the sentence of another project's error, which has no field for what it says."""
+READERS = {"search", "match", "fullmatch", "findall", "startswith", "endswith", "find", "index", "count"}
+
+
+def test_no_sentence_of_an_error_is_read_but_where_there_is_no_field_for_it() -> None:
+    """Of ours none: `UserError` has fields. To show one, or its first line, is not to read it."""
+    found = {
+        str(path.relative_to(ROOT / "lit_qlora")): f"line {node.lineno}: {ast.unparse(node)}"
+        for path, tree in TREES.items()
+        if path.is_relative_to(ROOT / "lit_qlora")
+        for errors in [_errors(tree)]
+        for node in ast.walk(tree)
+        if any(_is_sentence(part, errors) for part in _read(node))
+    }
+    assert {place: line for place, line in found.items() if place not in SENTENCES_READ} == {}
+    assert {*SENTENCES_READ} == {*found}
+
+
+def _errors(tree: ast.Module) -> set[str]:
+    """Names that a module gives to exceptions."""
+    caught = {node.name for node in ast.walk(tree) if isinstance(node, ast.ExceptHandler) and node.name}
+    given = {
+        one.arg
+        for one in ast.walk(tree)
+        if isinstance(one, ast.arg)
+        and one.annotation
+        and re.search(r"Error\b|Exception\b", ast.unparse(one.annotation))
+    }
+    return caught | given
+
+
+def _is_sentence(node: ast.AST, errors: set[str]) -> bool:
+    """True for ``str(error)``, and for what is said of it."""
+    words = {f"str({name})" for name in errors}
+    words |= {f"{name}.{field}" for name in errors for field in ("problem", "remedy", "msg", "said")}
+    return ast.unparse(node).removesuffix(".strip()").removesuffix(".lower()") in words
+
+
+def _read(node: ast.AST) -> list[ast.expr]:
+    """The expressions whose words a node looks at."""
+    if isinstance(node, ast.Compare):
+        return [node.left, *node.comparators]
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in READERS:
+        return [node.func.value, *node.args]
+    return []

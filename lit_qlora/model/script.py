@@ -31,7 +31,7 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lit_qlora.devices.strategy import Replicas
-from lit_qlora.errors import UserError, excerpt, one_line, require
+from lit_qlora.errors import UserError, excerpt, require
 from lit_qlora.model.base import Base
 from lit_qlora.model.device import choose_precision, compute_dtype, current_device
 from lit_qlora.model.fingerprint import fingerprint, shown
@@ -286,7 +286,7 @@ def reading(checkpoint_path: Any) -> Iterator[None]:
         elif isinstance(error, KeyError) and error.args == ("pytorch-lightning_version",):
             reason = f"it has no {error}"
         elif type(error).__name__ == "UnpicklingError":
-            reason = one_line(error).partition(". ")[0]
+            reason = "it holds other things than tensors and plain values, which could run code"
         else:
             raise
         problem = f"{checkpoint_path} can't be read as a checkpoint of Lightning's ({reason})"

@@ -193,7 +193,8 @@ def parse_json(text: str | bytes, **options: Any) -> Any:
     try:
         return json.loads(text, **options)
     except (ValueError, RecursionError) as error:
-        raise ValueError(unreadable(error)) from error
+        is_number = type(error) is ValueError  # the one thing of which the parser raises no class of its own
+        raise ValueError("it holds a number of too many digits" if is_number else unreadable(error)) from error
 
 
 def parse_list(text: str) -> list[Any] | None:
@@ -207,6 +208,10 @@ def parse_list(text: str) -> list[Any] | None:
     return None
 
 
+_OPEN_STRING = re.compile(r'"(?:[^"\\]|\\.)*\\?', re.DOTALL)
+"""A JSON string without its end."""
+
+
 def unreadable(error: Exception) -> str:
     """The reason why a file can't be read, in words: Python's own name its types, positions and limits."""
     match error:
@@ -215,7 +220,7 @@ def unreadable(error: Exception) -> str:
         case json.JSONDecodeError() if not error.doc.strip():
             reason = "it is empty"
         case json.JSONDecodeError():
-            is_cut = error.pos >= len(error.doc.rstrip()) or error.msg.startswith("Unterminated")
+            is_cut = error.pos >= len(error.doc.rstrip()) or _OPEN_STRING.fullmatch(error.doc, error.pos)
             reason = f"it is no JSON: {'its end is missing' if is_cut else f'see line {error.lineno:,}'}"
         case struct.error():
             reason = "its end is missing"
@@ -225,8 +230,6 @@ def unreadable(error: Exception) -> str:
             reason = f"it has no {error}"
         case TypeError() | AttributeError() | LookupError():
             reason = "it holds values of another kind"
-        case _ if "int_max_str_digits" in str(error):
-            reason = "it holds a number of too many digits"
         case _:
             reason = getattr(error, "strerror", None) or one_line(error)
     return reason

@@ -102,7 +102,7 @@ def missing(error: BaseException | None) -> list[str]:
     while error is not None:
         if isinstance(error, ImportError):
             lacking = [name for name in _required() if not _is_there(MODULES.get(name, name))]
-            if any(re.search(rf"\b{name}\b", str(error), re.IGNORECASE) for name in lacking):
+            if lacking and not error.name:  # a library's own check
                 return lacking
             top = (error.name or "").partition(".")[0]
             # What a package stands on is known where it is installed: else, what is missing beside it shows.

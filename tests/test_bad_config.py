@@ -2,6 +2,7 @@
 
 import inspect
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from lightning.pytorch.loggers import wandb
@@ -9,8 +10,11 @@ from lightning_utilities.core.imports import RequirementCache
 
 from lit_qlora.cli import main
 from lit_qlora.model import load
+from lit_qlora.model.optimizer import OptimizerName
 from lit_qlora.trainer import QLoRATrainer
 from tests.expect import ExpectError
+
+OPTIMIZER_NAMES = ", ".join(get_args(OptimizerName))
 
 CASES: list[tuple[str, list[str], str | bytes | None, str | None, str | None, list[str]]] = [
     ("misspelt key", ["--model.rnak", "3"], None, None, None, ["'model.rnak'", "did you mean 'model.rank'"]),
@@ -66,7 +70,7 @@ CASES: list[tuple[str, list[str], str | bytes | None, str | None, str | None, li
         None,
         None,
         "model.optimizer",
-        ["adamw, adamw_8bit, paged_adamw, paged_adamw_8bit", "got adam"],
+        [f"one of {OPTIMIZER_NAMES}", "got adam"],
     ),
     (
         "paged on cpu",
@@ -623,7 +627,7 @@ NO_VALUE = {
     "model.learning_rate": "a number",
     "model.dropout": "a number",
     "model.target_modules": "a text or a list of texts",
-    "model.optimizer": "one of adamw, adamw_8bit, paged_adamw, paged_adamw_8bit",
+    "model.optimizer": f"one of {OPTIMIZER_NAMES}",
     "model.checkpointing": "one of auto, full, selective, none",
     "model.compile": "true or false or auto",
     "data.source": "a text or a list of values or a table",

@@ -75,9 +75,9 @@ class QLoRAModule(LearnsInParts):
         learning_rate: peak learning rate, after the warm-up.
         warmup_ratio: share of the optimizer steps in which the learning rate rises.
         schedule: learning rate schedule after the warm-up.
-        optimizer: adamw (in fp32), adamw_8bit (its state in 8 bits), or paged_adamw and paged_adamw_8bit, whose state
-            moves to host memory when the GPU runs short.
-        weight_decay: weight decay of AdamW.
+        optimizer: its state is in fp32, with _8bit in 8 bits; with paged_, it moves to host memory when the GPU runs
+            short.
+        weight_decay: decoupled weight decay, as AdamW has it.
         checkpointing: full keeps only each layer's input and recomputes the rest in backward; selective keeps the
             results of matrix products and attention; none keeps everything, which is the same unless DoRA is on; auto
             keeps the results of as many layers as fit in memory, and then dequantised weights if they fit, too.
@@ -577,7 +577,7 @@ class QLoRAModule(LearnsInParts):
     # Optimization
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
-        """AdamW on the adapter, with a schedule over the optimizer steps of the DataModule's batches."""
+        """The optimizer on the adapter, with a schedule over the optimizer steps of the DataModule's batches."""
         parameters = lora.adapter_parameters(self).values()
         how = OPTIMIZERS[self.optimizer_name]
         optimizer = how.make(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)

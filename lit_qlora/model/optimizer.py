@@ -116,6 +116,8 @@ def forget(optimizer: torch.optim.Optimizer) -> None:
         for name, value in state.items():
             if isinstance(value, int):
                 state[name] = 0
+            elif name == "mu_product":  # NAdam's, which a script may have
+                value.fill_(1.0)
             elif not name.startswith("qmap"):  # the code book of 8-bit states
                 value.zero_()
 

@@ -12,6 +12,7 @@ from lit_qlora.forecast.cards import DEFAULT, find_card
 from lit_qlora.forecast.foresee import Forecast, Rows, guanaco_lengths
 from lit_qlora.forecast.memory import RESERVE, Samples
 from lit_qlora.model.lora import Lora
+from lit_qlora.model.optimizer import OPTIMIZERS
 from lit_qlora.model.shape import LLAMA_2, Shape
 from lit_qlora.storage.files import GIB
 
@@ -179,7 +180,7 @@ def any_settings(draw):
         plan=draw.choice((BatchPlan(1), BatchPlan(4), BatchPlan(8), by_tokens)), max_length=length,
         accumulate=draw.choice((1, 4)), checkpointing=draw.choice(("none", "selective", "auto", "full")),
         cuda_graphs=draw.choice((False, True, "auto")), own_layers=draw.random() > 0.05,
-        optimizer=draw.choice(("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")),
+        optimizer=draw.choice([*OPTIMIZERS]),
     )  # fmt: skip
     return any_settings(draw) if forecast.fits(1 - RESERVE) else forecast
 

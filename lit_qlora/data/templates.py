@@ -86,10 +86,10 @@ def instead_of(template: str) -> str:
     """The remedy for a base's own template that can't be learned, as where it thinks and can't be told not to."""
     known = {LLAMA_2: chosen().chat_template()} | built_in()
     openers = [mark for mark in (*edges.OPENERS, *edges.NAMED) if mark in template]
-    name = next((name for name, source in known.items() if any(mark in source for mark in openers)), None)
-    if name is None:
+    alike = [name for name, source in known.items() if any(mark in source for mark in openers)]
+    if not alike:
         return f"or take another: {', '.join(known)}"
-    return f"or give --data.template {name}, which writes such turns, too"
+    return f"or give --data.template {' or '.join(alike)}, which writes such turns, too"
 
 
 def _read_template_file(name: str) -> str:

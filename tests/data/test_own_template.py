@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from lit_qlora import demo
 from lit_qlora.batch import IGNORE_INDEX
+from lit_qlora.data import templates
 from lit_qlora.data.chat_template import check_template, messages, write_tokenizer
 from lit_qlora.data.datamodule import ChatDataModule
 from lit_qlora.data.encode import Encoder
@@ -18,7 +20,7 @@ from lit_qlora.data.templates import instead_of, read_template
 from lit_qlora.data.tokenizer import load_tokenizer
 from lit_qlora.errors import UserError
 from lit_qlora.text.conversation import Conversation
-from lit_qlora.text.formats import chosen, names
+from lit_qlora.text.formats import built_in, chosen, names
 from tests.data.talks import said
 
 FOLDER = Path(__file__).parents[1] / "templates"
@@ -215,20 +217,29 @@ def test_a_template_is_a_file_or_its_text(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("template", "expected"),
+    ("template", "name"),
     [
-        ("{{ '<|im_start|>' ~ role }}", "or give --data.template chatml, which writes such turns, too"),
-        ("{{ '<|start_header_id|>' ~ role }}", "or give --data.template llama3, which writes such turns, too"),
-        (
-            "{{ '<|' ~ role ~ '|>' }}{{ '<|assistant|>' }}",
-            "or give --data.template zephyr, which writes such turns, too",
-        ),
-        ("{{ bos_token ~ '[INST] ' }}", "or give --data.template llama2, which writes such turns, too"),
-        ("{{ '<start_of_turn>' }}", f"or take another: {', '.join(names()[:-1])}"),
+        ("{{ '<|im_start|>' ~ role }}", "chatml"),
+        ("{{ '<|start_header_id|>' ~ role }}", "llama3"),
+        ("{{ '<|' ~ role ~ '|>' }}{{ '<|assistant|>' }}", "zephyr"),
+        ("{{ bos_token ~ '[INST] ' }}", "llama2"),
     ],
 )
-def test_in_place_of_a_template_the_built_in_one_that_opens_turns_alike_is_named(template, expected):
-    assert instead_of(template) == expected
+def test_in_place_of_a_template_the_built_in_ones_that_open_turns_alike_are_named(template, name):
+    """All of them, where there are several: which one the base was made with, no template says."""
+    found = re.fullmatch(r"or give --data\.template (.+), which writes such turns, too", instead_of(template))
+    assert name in found[1].split(" or ")
+
+
+def test_of_built_in_formats_that_open_turns_alike_each_is_named(monkeypatch):
+    known = built_in() | {"phi": "{{ '<|im_start|>' ~ role ~ '<|im_sep|>' }}"}
+    monkeypatch.setattr(templates, "built_in", lambda: known)
+    expected = "or give --data.template chatml or phi, which writes such turns, too"
+    assert instead_of("{{ '<|im_start|>' ~ role }}") == expected
+
+
+def test_in_place_of_a_template_like_none_any_other_is_named():
+    assert instead_of("{{ '<start_of_turn>' }}") == f"or take another: {', '.join(names()[:-1])}"
 
 
 @pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no such device here")

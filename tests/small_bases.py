@@ -18,6 +18,7 @@ WIDTHS: dict[str, Any] = {
     "num_key_value_heads": 2,
     "vocab_size": 512,
     "initializer_range": 0.1,
+    "attention_dropout": 0.0,  # of which some architectures have more by default; our layers have none
     "tie_word_embeddings": False,
 }
 """Of every base here, and of the tiny Llama."""

@@ -15,7 +15,7 @@ from typing import Any
 from lit_qlora.model.loss import CHUNK_ROWS
 from lit_qlora.model.offload import IN_TRANSIT
 from lit_qlora.model.optimizer import OPTIMIZERS
-from lit_qlora.model.shape import Shape
+from lit_qlora.model.shape import NF4_BLOCK, Shape
 from lit_qlora.storage.files import GIB
 
 CONTEXT = int(0.35 * GIB)
@@ -38,10 +38,6 @@ HOPPER_WORKSPACE = 2 * 32 * 1024**2
 
 SMALL_BLOCK = 1024**2
 """torch's allocator keeps blocks up to this size in segments of their own (`kSmallSize` in torch)."""
-
-NF4_BLOCK, NF4_NESTED_BLOCK = 64, 256
-NF4_TABLES = 4 * (16 + 256 + 1)
-"""Each 4-bit weight's code books, and the offset of its scales, in fp32."""
 
 MIN_8BIT, MIN_PAGED, BLOCK_8BIT = 4096, 100_000, 256
 """bitsandbytes keeps smaller tensors' state in fp32, and on the card; 8-bit state has an fp32 scale for each block."""
@@ -170,18 +166,9 @@ PARTS = {part.name: part.metadata["words"] for part in fields(StepMemory) if par
 """The parts of `StepMemory.total`, in words."""
 
 
-def layer_bytes(shape: Shape) -> int:
-    """Bytes of a layer's linear weights in NF4 with double quantisation, without their tables."""
-    quantized = 0
-    for inputs, outputs in shape.linears.values():
-        scales = math.ceil(inputs * outputs / NF4_BLOCK)
-        quantized += inputs * outputs // 2 + scales + 4 * math.ceil(scales / NF4_NESTED_BLOCK)
-    return quantized
-
-
 def share_bytes(step: Step) -> int:
     """Bytes of the base's layers that each process keeps, on its card or on the host."""
-    return step.shape.num_layers * math.ceil(layer_bytes(step.shape) / max(step.sharers, 1))
+    return step.shape.num_layers * math.ceil(step.shape.layer_bytes / max(step.sharers, 1))
 
 
 def fetched_bytes(step: Step) -> int:
@@ -190,7 +177,7 @@ def fetched_bytes(step: Step) -> int:
     if not step.sharers:
         return 0
     coming = 1.0 if step.shares_on_host else 1 - 1 / step.sharers
-    return int(2 * max(step.shape.num_layers - 2, 0) * layer_bytes(step.shape) * coming)
+    return int(2 * max(step.shape.num_layers - 2, 0) * step.shape.layer_bytes * coming)
 
 
 def base_on_host_bytes(step: Step) -> int:
@@ -323,12 +310,10 @@ def moments(step: Step) -> list[StepMemory]:
     scratch = widest + 8 * widest // size // NF4_BLOCK if is_single else sum(weights.values())
     is_open = step.dequantised_layers == shape.num_layers
     state, others = size * shape.hidden, step.together - 1
-    # What no share is made of: tables of 4-bit weights, embeddings, norms, biases.
-    whole = shape.num_layers * len(shape.linears) * NF4_TABLES + size * (shape.num_parameters - shape.num_quantized)
     always = StepMemory(
         "",
-        weights=whole + (0 if step.shares_on_host else share_bytes(step)),
-        arriving=2 * layer_bytes(shape) if step.sharers else 0,
+        weights=shape.unshared_bytes(size) + (0 if step.shares_on_host else share_bytes(step)),
+        arriving=2 * shape.layer_bytes if step.sharers else 0,
         dequantised=step.dequantised_layers * sum(weights.values()),
         adapters=4 * lora,
         optimizer=optimizer_bytes(step.optimizer, step.lora_tensors)[0],

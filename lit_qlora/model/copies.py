@@ -33,8 +33,6 @@ KEPT_FROM = 500_000_000
 """Number of weights from which quantising takes long enough to be worth the disk space."""
 RESERVE_BYTES = 5_000_000_000
 """Bytes left free on the disk, for checkpoints and other files of a run."""
-BYTES_PER_WEIGHT = 0.517
-"""Of the 4-bit weights, with their scales and tables; for the disk space that a copy takes."""
 FILE_BYTES = 1_000_000_000
 """Bytes of a copy's file; so much waits in the host's memory."""
 KEPT = 3
@@ -107,8 +105,7 @@ class Copies:
         if self.root is None or base.in_4_bits or is_small:
             return None
         check_weights(base)
-        needed_bytes = round(BYTES_PER_WEIGHT * shape.num_quantized)
-        needed_bytes += dtype.itemsize * (shape.num_parameters - shape.num_quantized)
+        needed_bytes = shape.num_layers * shape.layer_bytes + shape.unshared_bytes(dtype.itemsize)
         target = self.root / _name(base, dtype, device.type)
 
         def fill(folder: Path) -> None:

@@ -3,6 +3,7 @@
 Knows no weights, no torch.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,10 @@ LLAMA_2 = {
     "70b": _llama_2(8192, 28672, 80, 64, 8),
 }
 """Sizes of Llama 2, from their config.json files."""
+
+NF4_BLOCK, NF4_NESTED_BLOCK = 64, 256
+NF4_TABLES = 4 * (16 + 256 + 1)
+"""Each 4-bit weight's code books, and the offset of its scales, in fp32."""
 
 
 def known_config(base: str) -> dict[str, Any] | None:
@@ -115,6 +120,22 @@ class Shape:
         embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
         per_layer = sum(self.linears[name][1] for name in self.biased) + 2 * self.head_width * self.has_head_norms
         return self.num_quantized + embeddings + self.hidden * (2 * self.num_layers + 1) + self.num_layers * per_layer
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of a layer's linear weights in NF4 with double quantisation, without their tables."""
+        sizes = [inputs * outputs for inputs, outputs in self.linears.values()]
+        scales = [math.ceil(size / NF4_BLOCK) for size in sizes]
+        return sum(size // 2 for size in sizes) + sum(one + 4 * math.ceil(one / NF4_NESTED_BLOCK) for one in scales)
+
+    def unshared_bytes(self, itemsize: int) -> int:
+        """Bytes of what no share is made of: tables of 4-bit weights, embeddings, norms and biases.
+
+        Args:
+            itemsize: bytes per value that is not in 4 bits.
+        """
+        others = self.num_parameters - self.num_quantized
+        return self.num_layers * len(self.linears) * NF4_TABLES + itemsize * others
 
     def num_lora(self, rank: int, target_modules: str | Sequence[str]) -> int:
         """Number of trained weights.

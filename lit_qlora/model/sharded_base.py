@@ -16,7 +16,6 @@ from lit_qlora.model import host
 from lit_qlora.model.attention import implementation_of
 from lit_qlora.model.base import Base
 from lit_qlora.model.config import for_transformers
-from lit_qlora.model.copies import BYTES_PER_WEIGHT
 from lit_qlora.model.device import Attention
 from lit_qlora.model.load import DTYPES, nf4, quantise, read_tensor, settle
 from lit_qlora.model.shape import Shape
@@ -32,7 +31,7 @@ def check_host(shape: Shape) -> None:
     """Raises UserError, before a weight is loaded, where this machine's memory holds its processes' shares of a base
     of ``shape`` not even alone."""
     here, memory = world(), host.memory_bytes()
-    needed_bytes = round(BYTES_PER_WEIGHT * shape.num_quantized * here.local_size / here.size)
+    needed_bytes = shape.num_layers * shape.layer_bytes * here.local_size // here.size
     if memory and needed_bytes > memory[1]:
         raise UserError(
             f"host: {size(needed_bytes)} of the base's layers have to be in this machine's memory, page-locked, and "

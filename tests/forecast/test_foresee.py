@@ -356,7 +356,7 @@ def test_a_shared_base_comes_once_for_micro_batches_that_go_together():
     assert (made.step.together, made.step.sharers, made.step.dequantised_layers) == (4, 2, 0)
     alone = replace(made, checkpointing="full")
     assert alone.step.together == 1 and alone.hours == pytest.approx(4 * made.hours, rel=0.01)
-    assert made.peak.dequantisation == alone.peak.dequantisation < memory.layer_bytes(SEVEN)
+    assert made.peak.dequantisation == alone.peak.dequantisation < SEVEN.layer_bytes
     assert any("GB per 4 micro-batches" in line for line in words.shared_lines(made))
     coming = memory.fetched_bytes(made.step) / 1e9
     assert any(f"{coming:,.1f} GB per step" in line for line in words.shared_lines(made))

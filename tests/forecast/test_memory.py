@@ -303,7 +303,7 @@ def test_7b_by_hand():
 def test_a_shared_base_by_hand():
     """Of 80 layers of a 70B, 441 MB each, a half or nothing is on the card, and two layers whole."""
     seventy = Shape.of(LLAMA_2["70b"])
-    layer = memory.layer_bytes(seventy)
+    layer = seventy.layer_bytes
     weights = 8192 * (2 * 8192 + 2 * 1024 + 3 * 28672)
     assert layer == weights // 2 + weights // 64 + weights // 64 // 64
     whole = Step(seventy, tokens=1024, scored_tokens=1024, rank=8)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lit_qlora.model import copies as module
 from lit_qlora.model.base import find_base
@@ -45,6 +46,14 @@ def test_a_copy_is_the_same_base(kept, tiny):
     copy = kept.find(tiny, torch.float32, "cpu")
     assert (copy.name, copy.public_name, copy.shape) == (tiny.name, tiny.public_name, tiny.shape)
     assert fingerprint(copy) == fingerprint(tiny)
+
+
+def test_the_bytes_of_a_copy_are_those_by_formula(kept, tiny):
+    shape, copy = tiny.shape, kept.find(tiny, torch.float32, "cpu")
+    tensors = [one for file in Path(copy.location).glob("*.safetensors") for one in load_file(file).items()]
+    stored = sum(value.nbytes for name, value in tensors if "bitsandbytes" not in name)
+    offsets = 4 * sum("bitsandbytes" in name for name, _ in tensors)  # which a file has as text
+    assert stored + offsets == shape.num_layers * shape.layer_bytes + shape.unshared_bytes(4)
 
 
 def test_a_copy_is_of_one_base_one_dtype_and_one_kind_of_device(kept, tiny, other_tiny):

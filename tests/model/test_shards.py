@@ -87,7 +87,7 @@ def test_any_architecture(like, tmp_path, load, monkeypatch):
 @pytest.mark.parametrize(("here", "fits"), [(World(), False), (World(0, 2, 0, 2), False), (World(1, 2, 0, 1), True)])
 def test_a_host_without_the_room_is_refused_before_a_weight_is_loaded(here, fits, tiny, monkeypatch):
     """Shares of all processes of a machine lie in its memory; those of another machine do not."""
-    whole = copies.BYTES_PER_WEIGHT * tiny.shape.num_quantized
+    whole = tiny.shape.num_layers * tiny.shape.layer_bytes
     monkeypatch.setattr(sharded_base, "world", lambda: here)
     monkeypatch.setattr(sharded_base.host, "memory_bytes", lambda: (10**12, int(whole * 0.75)))
     with nullcontext() if fits else pytest.raises(UserError, match=r"^model\.shard_to: host: .* of the base's layers"):

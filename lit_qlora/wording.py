@@ -1,4 +1,4 @@
-"""Owns how numbers of things are written, 1 row, 2 rows, and what a value of a file is called.
+"""Owns how numbers of things are written, 1 row, 2 rows, how long something takes, and what a value is called.
 
 Words are given in the plural. Knows nothing of what is counted.
 """
@@ -31,6 +31,21 @@ def of_number(count: int, words: str) -> str:
         words: in the plural, without a verb that would have a number, too.
     """
     return words if count != 1 else re.sub(rf"\b(?:{'|'.join(NOUNS)})\b", lambda found: NOUNS[found[0]], words, count=1)
+
+
+def duration(least: float, most: float | None = None) -> str:
+    """A time in words: under 1 s, 90 s, 14 min, 2.3 h; or a span, 1.6 to 2.3 h, unless both ends look alike.
+
+    Args:
+        least: seconds.
+        most: the span's end in seconds, which chooses the unit; default: ``least``.
+    """
+    most = least if most is None else most
+    if most < 1:
+        return "under 1 s"
+    unit, digits, name = (1, 0, "s") if most < 120 else (60, 0, "min") if most < 7200 else (3600, 1, "h")
+    ends = f"{least / unit:.{digits}f}", f"{most / unit:.{digits}f}"
+    return f"{' to '.join(dict.fromkeys(ends))} {name}"
 
 
 def kind(value: object) -> str:

@@ -21,6 +21,7 @@ from lit_qlora.storage.folders import ADAPTER_CONFIG, CARD
 from lit_qlora.storage.foreign import read_object
 from lit_qlora.storage.run import RECORD, RunFolder
 from lit_qlora.text.formats import chosen
+from lit_qlora.wording import duration
 
 PACKAGES = ("torch", "lightning", "transformers", "peft", "bitsandbytes")
 """Packages that decide what is computed."""
@@ -183,13 +184,6 @@ def _cost(figures: Mapping[int, Mapping[str, Any]], step: int, training_s: float
     for name in sorted({name for line in figures.values() for name in line if name.startswith("memory/")}):
         what = name.removeprefix("memory/").removesuffix("_gib").replace("_", " ")
         yield f"{what} memory at most {peak_of(figures, name) or 0:.2f} GiB"
-
-
-def duration(seconds: float) -> str:
-    """How long a run took, in s, min or h."""
-    if seconds < 120:
-        return f"{seconds:.{0 if seconds >= 1 else 1}f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def addressed(text: str, to: str) -> str:

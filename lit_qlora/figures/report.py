@@ -13,7 +13,7 @@ from typing import Any
 from markupsafe import Markup
 
 from lit_qlora.errors import UserError
-from lit_qlora.figures.card import HELD_OUT, duration
+from lit_qlora.figures.card import HELD_OUT
 from lit_qlora.figures.charts import charts, peak_of
 from lit_qlora.figures.lines import damaged_lines, iter_lines
 from lit_qlora.figures.render import filled
@@ -25,6 +25,7 @@ from lit_qlora.storage.folders import RESULT
 from lit_qlora.storage.foreign import object_in, read_object
 from lit_qlora.storage.run import RunFolder
 from lit_qlora.storage.settings import differences
+from lit_qlora.wording import duration
 
 TOPICS = {
     "data": "Data",

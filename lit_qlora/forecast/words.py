@@ -12,7 +12,7 @@ from lit_qlora.forecast.host import run_folder_bytes
 from lit_qlora.forecast.memory import Step
 from lit_qlora.place import COMMAND
 from lit_qlora.storage.files import GIB
-from lit_qlora.wording import number_of
+from lit_qlora.wording import duration, number_of
 
 SLOW = (
     "  transformers' own layers (model.own_layers false, DoRA, lora_bias) take more time and memory than these figures"
@@ -116,7 +116,7 @@ def time_lines(forecast: Forecast, behind: str = "") -> Iterator[str]:
         return
     slow = hours / REACHED
     speeds = f"{epoch.tokens / hours / 3600:,.0f} to {epoch.tokens / slow / 3600:,.0f}"
-    yield f"  an epoch takes {between(hours, slow)}: {speeds} tokens/s, without validations{behind}"
+    yield f"  an epoch takes {duration(3600 * hours, 3600 * slow)}: {speeds} tokens/s, without validations{behind}"
     yield (
         f"  the first at {card.tflops:g} TFLOP/s and {card.gb_per_s:g} GB/s sustained with nothing "
         f"else in the way, the second at {REACHED:.0%} of that"
@@ -164,22 +164,3 @@ def kept_words(step: Step) -> str:
     if step.kept_layers == 0:
         return f"all {layers} layers recompute their activations{graphs}"
     return f"{step.kept_layers} of {layers} layers keep their products' results{graphs}"
-
-
-def duration(hours: float) -> str:
-    """Hours to two digits."""
-    return between(hours, hours)
-
-
-def between(least: float, most: float) -> str:
-    """A span of time in words, in the unit of its end; one figure if both ends look alike.
-
-    Args:
-        least: hours.
-        most: hours, no fewer.
-    """
-    if most * 3600 < 1:
-        return "under 1 s"
-    unit, digits, name = (3600, 0, "s") if most < 1 / 60 else (60, 0, "min") if most < 2 else (1, 1, "h")
-    ends = f"{least * unit:.{digits}f}", f"{most * unit:.{digits}f}"
-    return f"{' to '.join(dict.fromkeys(ends))} {name}"

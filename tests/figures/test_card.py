@@ -210,6 +210,5 @@ def test_a_run_s_card(tmp_path, monkeypatch, draws):
     assert f"| held-out loss, nats per token | {before:.4f} | {after:.4f} |" in text
     assert "| sample answers that ended by themselves | 0 of 1 | 0 of 1 |" in text
     assert "| sample answers cut at 2 tokens | 1 of 1 | 1 of 1 |" in text
-    seconds = float(re.search(rf"\n{result['step']} optimizer steps; (\S+) s in them; host memory at most ", text)[1])
-    assert 0 <= seconds < 60
+    assert re.search(rf"\n{result['step']} optimizer steps; (under 1|\d\d?) s in them; host memory at most ", text)
     assert "python main.py chat --adapter this-folder --base path/to/my-llama" in text

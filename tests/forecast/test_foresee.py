@@ -237,21 +237,6 @@ def test_a_card_of_unknown_rates_and_one_too_small():
 
 
 @pytest.mark.parametrize(
-    ("hours", "expected"), [(0.0001, "under 1 s"), (0.005, "18 s"), (0.5, "30 min"), (1.9, "114 min"), (2.94, "2.9 h")]
-)
-def test_durations(hours, expected):
-    assert words.duration(hours) == expected
-
-
-@pytest.mark.parametrize(
-    ("least", "most", "expected"),
-    [(1.63, 2.3, "1.6 to 2.3 h"), (0.015, 0.02, "1 min"), (0.5, 0.7, "30 to 42 min"), (1e-4, 1e-3, "0 to 4 s")],
-)
-def test_a_span_has_one_unit(least, most, expected):
-    assert words.between(least, most) == expected
-
-
-@pytest.mark.parametrize(
     ("name", "rates"),
     [("Tesla T4", 24), ("NVIDIA A100-SXM4-80GB", 230), ("NVIDIA GeForce RTX 3090", 53), ("NVIDIA H100 80GB HBM3", 740)]
     + [(f"NVIDIA {name}", None) for name in ("GeForce GTX 1080", "GeForce RTX 3080", "L40S", "RTX A6000", "A800 80GB")]

@@ -10,9 +10,8 @@ from lit_qlora.forecast import memory, words
 from lit_qlora.forecast.advice import quickest, smallest_change
 from lit_qlora.forecast.foresee import Forecast
 from lit_qlora.forecast.host import loading_bytes
-from lit_qlora.forecast.words import duration
 from lit_qlora.model.base import Base
-from lit_qlora.wording import number_of, of_number
+from lit_qlora.wording import duration, number_of, of_number
 
 OWN = "may fit, what transformers' own layers take beside not counted"
 TIGHT = f"may fit, within {memory.RESERVE:.0%} of the card"
@@ -113,7 +112,8 @@ def _time_lines(plan: Plan) -> Iterator[str]:
     if 0 < plan.max_steps < epochs * steps:
         epochs = plan.max_steps / steps
     if epochs not in (1, float("inf")):
-        yield f"  the run, {epochs:.3g} epochs: {words.between(epochs * hours, epochs * hours / words.REACHED)}"
+        seconds = 3600 * epochs * hours
+        yield f"  the run, {epochs:.3g} epochs: {duration(seconds, seconds / words.REACHED)}"
 
 
 def _verdict_lines(forecast: Forecast) -> Iterator[str]:
@@ -121,7 +121,7 @@ def _verdict_lines(forecast: Forecast) -> Iterator[str]:
     if found.fits:
         faster = quickest(forecast)
         if faster:
-            took = duration(faster.forecast.hours or 0)
+            took = duration(3600 * (faster.forecast.hours or 0))
             yield f"quicker: {faster.options}: {faster.forecast.needed_gib:.2f} GiB, {took} an epoch"
         elif forecast.hours is not None and not forecast.is_slow:
             yield "micro-batch and checkpointing: as they are; nothing that fits is worth a change"

@@ -86,9 +86,9 @@ def of_pefts_config(model, chosen, others):
     """An adapter with ``others`` of LoraConfig's fields, which none of our options gives."""
     from peft import LoraConfig, get_peft_model
 
-    from lit_qlora.model.shape import Shape
+    from lit_qlora.model.shape import target_names
 
-    targets = list(Shape.LINEARS) if chosen["target_modules"] == "all-linear" else chosen["target_modules"]
+    targets = list(target_names(chosen["target_modules"]))
     config = {"r": chosen["rank"], "lora_alpha": chosen["alpha"], "target_modules": targets}
     return get_peft_model(model, LoraConfig(**config, **others, task_type="CAUSAL_LM"))
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
+from lit_qlora.model.architectures import LINEARS
 from lit_qlora.model.loss import CHUNK_ROWS
 from lit_qlora.model.offload import IN_TRANSIT
 from lit_qlora.model.optimizer import OPTIMIZERS
@@ -56,7 +57,7 @@ class Step:
     tokens: int
     scored_tokens: int
     rank: int = 16
-    targets: tuple[str, ...] = Shape.LINEARS
+    targets: tuple[str, ...] = LINEARS
     ranks: tuple[Mapping[str, int], ...] | None = None
     """LoRA's rank by linear layer, for each decoder layer, unless all are ``rank`` on ``targets``."""
     optimizer: str = "adamw"

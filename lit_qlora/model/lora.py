@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 
 from lit_qlora.errors import UserError, one_line, require
 from lit_qlora.model import lora_config
+from lit_qlora.model.architectures import LINEARS
 from lit_qlora.model.base import Base
 from lit_qlora.model.fingerprint import fingerprint, shown
-from lit_qlora.model.shape import Shape, target_names
+from lit_qlora.model.shape import target_names
 from lit_qlora.storage.files import disk_error, unreadable
 from lit_qlora.storage.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, MANIFEST, DamagedFolderError, verify_folder
 from lit_qlora.storage.foreign import read_object
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 DEFAULT_FORMAT = chosen()
 PICKLE = "adapter_model.bin"
 PLACE = re.compile(
-    rf"base_model\.model\.model\.layers\.(?P<layer>\d+)\.(?:self_attn|mlp)\.(?P<linear>{'|'.join(Shape.LINEARS)})\.lora_.*"
+    rf"base_model\.model\.model\.layers\.(?P<layer>\d+)\.(?:self_attn|mlp)\.(?P<linear>{'|'.join(LINEARS)})\.lora_.*"
 )
 """peft's name of a weight of LoRA on a linear layer of the decoder."""
 
@@ -331,7 +332,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"by adapter_config.json's target_modules it has LoRA on {layer}, which can't be used here",
             place=folder,
-            remedy=f"expected linear layers of the decoder: {', '.join(Shape.LINEARS)}",
+            remedy=f"expected linear layers of the decoder: {', '.join(LINEARS)}",
         )
     _format(record, folder)
     return record

@@ -25,6 +25,7 @@ from lit_qlora.devices.strategy import is_on_edge
 from lit_qlora.devices.world import is_first, local_first
 from lit_qlora.errors import UserError, require
 from lit_qlora.model import load, lora, script
+from lit_qlora.model.architectures import LINEARS
 from lit_qlora.model.base import Base, check_context, check_targets, find_base, split_names
 from lit_qlora.model.checkpointing import Checkpointing, checkpoint_layers
 from lit_qlora.model.copies import Copies
@@ -43,7 +44,6 @@ from lit_qlora.model.generate import Sampling, generate
 from lit_qlora.model.learning import LearnsInParts, check_batch
 from lit_qlora.model.loss import CHUNK_ROWS
 from lit_qlora.model.optimizer import OPTIMIZERS, OptimizerName, Schedule, check_optimizer, make_schedule
-from lit_qlora.model.shape import Shape
 from lit_qlora.model.sharded_base import check_host, load_sharded
 from lit_qlora.model.shards import Shards
 from lit_qlora.model.sums import AnswerSums
@@ -348,7 +348,7 @@ class QLoRAModule(LearnsInParts):
         matrices = [(name.split(".")[-4], len(value)) for name, value in lora.adapter_parameters(self).items()
                     if ".lora_A." in name]  # fmt: skip
         targets, ranks = {name for name, _ in matrices}, sorted({rank for _, rank in matrices})
-        names = "all linear layers" if targets == {*Shape.LINEARS} else ", ".join(sorted(targets))
+        names = "all linear layers" if targets == {*LINEARS} else ", ".join(sorted(targets))
         rank = f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"{ranks[0]}"
         lines = [f"{self.base.name}: {_count(shape.num_parameters)} weights, linear layers in 4-bit NF4"]
         lines += [self.copy_line] if self.copy_line else []

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from lit_qlora.model.architectures import LINEARS, architecture_of
 
@@ -63,8 +63,6 @@ def target_names(target_modules: str | Sequence[str]) -> Sequence[str]:
 @dataclass(frozen=True)
 class Shape:
     """The widths of a base. Linear layers are ``(in, out)`` by name, of one decoder layer."""
-
-    LINEARS: ClassVar = LINEARS
 
     hidden: int
     num_layers: int

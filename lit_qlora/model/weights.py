@@ -13,9 +13,8 @@ from typing import NamedTuple
 
 from lit_qlora.console import bars
 from lit_qlora.errors import UserError, one_line
-from lit_qlora.model.architectures import PLACES
+from lit_qlora.model.architectures import LINEARS, PLACES
 from lit_qlora.model.base import INDEX, WHOLE, Base, base_error, weight_files
-from lit_qlora.model.shape import Shape
 from lit_qlora.storage.files import parse_json, unreadable
 from lit_qlora.storage.reach import stored_file
 
@@ -148,7 +147,7 @@ def check_weights(base: Base) -> list[str]:
         if is_linear(name):
             plain.append(name.removesuffix(".weight"))
     _check_others(base, stored, expected)
-    if base.in_4_bits and len(plain) == base.shape.num_layers * len(Shape.LINEARS):
+    if base.in_4_bits and len(plain) == base.shape.num_layers * len(LINEARS):
         raise base_error(
             f"{base.name}: config.json has a quantization_config, and the weights are in 16 bits",
             remedy="take that key out of config.json",
@@ -189,7 +188,7 @@ def _expected(base: Base) -> dict[str, tuple[int, ...]]:
 
 def is_linear(name: str) -> bool:
     """True for the name of a weight of the decoder's linear layers: those in 4 bits, without biases and head."""
-    return name.endswith(".weight") and name.split(".")[-2] in Shape.LINEARS
+    return name.endswith(".weight") and name.split(".")[-2] in LINEARS
 
 
 def _packed(stored: dict[str, Stored]) -> set[str]:

@@ -18,6 +18,7 @@ from lit_qlora.forecast import foresee, memory, words
 from lit_qlora.forecast.cards import CARDS, DEFAULT, Card, find_card
 from lit_qlora.forecast.memory import GIB, HOPPER_WORKSPACE, NO_SAMPLES, WORKSPACE, Samples
 from lit_qlora.forecast.speed import epoch_hours
+from lit_qlora.model.architectures import LINEARS
 from lit_qlora.model.device import Device
 from lit_qlora.model.lora import Lora
 from lit_qlora.model.module import QLoRAModule
@@ -45,7 +46,7 @@ def step(**changed):
 def test_settings_in_the_formulas_terms():
     made = step(dropout=0.05, accumulate=4)
     assert (made.tokens, made.scored_tokens, made.kept_layers, made.element) == (4096, 2048, 0, 2)
-    assert made.accumulates and made.targets == Shape.LINEARS
+    assert made.accumulates and made.targets == LINEARS
     assert made.workspace == WORKSPACE
     assert step(card=find_card("h100")).workspace == HOPPER_WORKSPACE
     assert step(checkpointing="none").kept_layers == 32

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lit_qlora.forecast import memory
 from lit_qlora.forecast.memory import Samples, Step, StepMemory
 from lit_qlora.model import decoder
-from lit_qlora.model.architectures import ARCHITECTURES
+from lit_qlora.model.architectures import ARCHITECTURES, LINEARS
 from lit_qlora.model.attention import _attend_on_gpu, attend, find_places
 from lit_qlora.model.base import find_base
 from lit_qlora.model.decoder import MicroBatch, extract_layers, run_layers, run_together, weights_of
@@ -25,7 +25,7 @@ from tests.tiny_llama import memory_events
 
 SEVEN = Shape.of(LLAMA_2["7b"])
 TARGETS = {
-    "all": Shape.LINEARS,
+    "all": LINEARS,
     "qv": ("q_proj", "v_proj"),
     "mlp": ("gate_proj", "up_proj", "down_proj"),
 }
@@ -383,7 +383,7 @@ def test_ranks_that_differ_from_layer_to_layer():
     same = seven(ranks=(one,) * 32)
     uniform = [seven(rank=8, targets=("q_proj",)), seven(rank=16, targets=("down_proj",))]
     assert sum(same.lora_tensors) == sum(sum(step.lora_tensors) for step in uniform)
-    assert memory.moments(seven(ranks=(dict.fromkeys(Shape.LINEARS, 16),) * 32)) == memory.moments(seven())
+    assert memory.moments(seven(ranks=(dict.fromkeys(LINEARS, 16),) * 32)) == memory.moments(seven())
     mixed = seven(ranks=(one, {}, *({"q_proj": 8},) * 30))
     assert sum(mixed.lora_tensors) == 31 * 8 * 8192 + 16 * (4096 + 11008)
     # Layers that are alike share their 16-bit copies; here are three kinds of them.

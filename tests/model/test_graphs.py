@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 
 from lit_qlora.cli import main
 from lit_qlora.model import graphs
+from lit_qlora.model.architectures import LINEARS
 from lit_qlora.model.attention import find_places
 from lit_qlora.model.base import find_base
 from lit_qlora.model.decoder import extract_layers, run_layers
@@ -18,7 +19,6 @@ from lit_qlora.model.load import load_base
 from lit_qlora.model.lora import Lora, adapter_parameters, add_lora
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.model.pointwise import EAGER, compiled
-from lit_qlora.model.shape import Shape
 
 NOT_WITH = "error: model.cuda_graphs: expected auto or false with dropout or dora, or without own_layers, got True"
 
@@ -255,7 +255,7 @@ def test_what_cannot_be_recorded_is_refused(tmp_path, capsys, options, message):
 def test_on_a_gpu_recorded_kernels_give_the_same(wide_folder, dtype, pointwise, others):
     torch.compiler.reset()  # behind eight other shapes and dtypes, in earlier tests, nothing is compiled any more
     model = load_base(find_base(str(wide_folder)), dtype, torch.device("cuda"), "sdpa")
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=list(Shape.LINEARS), task_type="CAUSAL_LM", **others)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=list(LINEARS), task_type="CAUSAL_LM", **others)
     model = get_peft_model(model, config).train()
     for parameter in adapter_parameters(model).values():
         torch.nn.init.normal_(parameter, std=0.1)

@@ -145,8 +145,8 @@ class Parser(OneLineErrors, ArgumentParser):
     """jsonargparse's own parser with such errors."""
 
 
-FREE_TEXTS = ("prompt", "system", "opening")
-"""Options of what is said to a model, where ``null`` is a text as any other; for files and names it stands for none."""
+FREE_TEXTS = ("prompt", "prompts", "system", "opening", "stop")
+"""Options of what is said to a model or by it: never paths, and ``null`` is a text as any other; elsewhere it is none."""
 
 
 class _Typed(str):

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from lit_qlora.data.sources import HUB_ID, paths_of
+from lit_qlora.data.templates import is_template
 from lit_qlora.figures.charts import CURVES, draw_curves, peak_of
 from lit_qlora.figures.render import filled
 from lit_qlora.figures.samples import ends_in_words
+from lit_qlora.options import FREE_TEXTS
 from lit_qlora.storage.config_file import as_yaml
 from lit_qlora.storage.folders import ADAPTER_CONFIG, CARD
 from lit_qlora.storage.foreign import read_object
@@ -30,8 +32,6 @@ HELD_OUT: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("held-out perplexity", "val/perplexity", lambda value: f"{value:,.2f}"),
     ("held-out token accuracy", "val/accuracy", lambda value: f"{value:.1%}"),
 )
-TEXTS = ("system", "prompts", "template")
-"""Options that hold words and never paths, whatever they look like."""
 LLAMA_2 = re.compile(r"llama-?2", re.IGNORECASE)
 LICENCE = (
     "Llama 2 is licensed under the LLAMA 2 Community License, Copyright (c) Meta Platforms, Inc. All Rights Reserved. "
@@ -129,9 +129,13 @@ def _render(name: str, base: str, **values: Any) -> str:
 
 
 def published(value: Any) -> Any:
-    """``value`` with paths on this machine reduced to their last part, at any depth."""
+    """``value`` with paths on this machine reduced to their last part, at any depth; no text for a model is one."""
     if isinstance(value, Mapping):
-        return {key: inner if key in TEXTS else published(inner) for key, inner in value.items() if inner is not None}
+        return {
+            key: inner if key in (*FREE_TEXTS, "template") else published(inner)
+            for key, inner in value.items()
+            if inner is not None
+        }
     if isinstance(value, list):
         return [published(inner) for inner in value]
     if isinstance(value, str) and _is_path(value):
@@ -141,7 +145,7 @@ def published(value: Any) -> Any:
 
 def _is_path(text: str) -> bool:
     """True if ``text`` is a path on this machine, and no hub id."""
-    if "\n" in text or "{{" in text or "{%" in text or not re.search(r"[/\\]", text):
+    if "\n" in text or is_template(text) or not re.search(r"[/\\]", text):
         return False
     if re.match(r"[/~.\\]|[A-Za-z]:[/\\]", text) or os.path.exists(text):  # noqa: PTH110  # pathlib's raises
         return True

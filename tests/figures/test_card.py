@@ -167,6 +167,7 @@ def test_a_fence_in_the_configuration_stays_inside():
         ("meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-7b-hf"), ("demo", "demo"), ("16-mixed", "16-mixed"),
         ("Answer yes and/or no.", "Answer yes and/or no."), ("a/b\nc", "a/b\nc"), (3, 3), (False, False),
         ([{"x": "/home/ann/llama", "y": None}], [{"x": "llama"}]),
+        *[(given, given) for given in ({"opening": "/start"}, {"stop": ["/end"]}, {"prompts": ["/a b"]})],
     ],
 )  # fmt: skip
 def test_paths_lose_all_but_their_last_part(value, expected):

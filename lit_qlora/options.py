@@ -146,7 +146,7 @@ class Parser(OneLineErrors, ArgumentParser):
 
 
 FREE_TEXTS = ("prompt", "prompts", "system", "opening", "stop")
-"""Options of what is said to a model or by it: never paths, and ``null`` is a text as any other; elsewhere it is none."""
+"""Options of what is said to a model or by it: no paths, and ``null`` is a text as any other; elsewhere it is none."""
 
 
 class _Typed(str):

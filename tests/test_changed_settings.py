@@ -316,7 +316,7 @@ def test_a_finished_run_that_was_made_longer_and_killed_ends_as_it_was_with_the_
     assert main(same) == 0
     kept = ("adapter/adapter_model.safetensors", "adapter/result.json", "finished.json")
     before = {name: Path("run", name).read_bytes() for name in kept}
-    lines = read_lines(Path("run/metrics.jsonl"))
+    lines = [*read_lines(Path("run/metrics.jsonl"))]
     real = QLoRAModule.training_step
 
     def killed(self: QLoRAModule, batch: Batch, batch_idx: int) -> dict[str, Any]:
@@ -357,7 +357,7 @@ def test_the_same_settings_go_through_the_steps_behind_the_checkpoint_again(
 ) -> None:
     """One rule of going back, whatever changed: lines and best adapter come again, as they were."""
     Path("whole.jsonl").replace("run/metrics.jsonl")
-    before = read_lines(Path("run/metrics.jsonl"))
+    before = [*read_lines(Path("run/metrics.jsonl"))]
     adapter = Path("run/adapter/adapter_model.safetensors").read_bytes()
     assert main([*FIT, "--save_every_steps", "3"]) == 0
     shown = capsys.readouterr()
@@ -366,7 +366,7 @@ def test_the_same_settings_go_through_the_steps_behind_the_checkpoint_again(
     timed = ("speed/tokens_per_second", "memory/host_gib")
     lines = [
         [{name: value for name, value in line.items() if name not in timed} for line in found]
-        for found in (read_lines(Path("run/metrics.jsonl")), before)
+        for found in ([*read_lines(Path("run/metrics.jsonl"))], before)
     ]
     assert lines[0] == lines[1]
     assert Path("run/adapter/adapter_model.safetensors").read_bytes() == adapter

@@ -82,7 +82,7 @@ def fit(run: str, *options: str, other: Steps | None = None) -> Found:
     shutil.rmtree(Path("runs", run), ignore_errors=True)
     with steps_of(other) as steps:
         assert main(["fit", "--run", run, *SAME, *options]) == 0
-    return steps, read_lines(Path("runs", run, "metrics.jsonl"))[1:]
+    return steps, [*read_lines(Path("runs", run, "metrics.jsonl"))][1:]
 
 
 def assert_same(one: Found, other: Found, names: str) -> None:

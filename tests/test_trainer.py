@@ -231,7 +231,7 @@ def test_callbacks_that_look_leave_the_figures_alone(tmp_path: Path, monkeypatch
     looks = ["--trainer.callbacks+=LearningRateMonitor", "--trainer.callbacks+=odd_counter.OddCounter"]
     assert main([*fit, "--run", "plain"]) == 0
     assert main([*fit, "--run", "watched", *looks, *stops]) == 0
-    plain, watched = (read_lines(Path("runs", name, "metrics.jsonl")) for name in ("plain", "watched"))
+    plain, watched = ([*read_lines(Path("runs", name, "metrics.jsonl"))] for name in ("plain", "watched"))
     assert [line["step"] for line in watched] == [0, 1, 2]
     for name in (*FIGURES, "train/loss", "train/learning_rate", "train/gradient_norm"):
         assert [line.get(name) for line in watched] == [line.get(name) for line in plain]

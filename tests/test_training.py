@@ -62,7 +62,7 @@ def test_a_run_from_start_to_answers(here: Path, capsys: pytest.CaptureFixture[s
         "README.md", "curves.png", "chat_template.jinja", "generation_config.json", "tokenizer.json",
         "tokenizer_config.json",
     }  # fmt: skip
-    lines = read_lines(run / "metrics.jsonl")
+    lines = [*read_lines(run / "metrics.jsonl")]
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
     # Of each step itself: one step of warm-up to half, then down in a line.
     rates = [line["train/learning_rate"] for line in lines[1:]]
@@ -106,7 +106,7 @@ def test_a_run_without_validation_has_one_line_for_its_last_step(
 ) -> None:
     options = ["--trainer.max_steps", "1", "--trainer.limit_val_batches", "0", "--samples.count", "0"]
     assert main(["fit", "--run", "runs/mine", *SHORT, *options]) == 0
-    (line,) = read_lines(here / "runs" / "mine" / "metrics.jsonl")
+    (line,) = [*read_lines(here / "runs" / "mine" / "metrics.jsonl")]
     assert line["step"] == 1 and {"train/loss", "memory/host_gib"} <= line.keys()
     assert "\n\n\n" not in capsys.readouterr().out
 

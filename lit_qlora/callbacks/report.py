@@ -26,7 +26,7 @@ from lit_qlora.console import WIDTH, say, tell, wrapped
 from lit_qlora.devices.world import world
 from lit_qlora.errors import UserError, one_line
 from lit_qlora.figures.card import HELD_OUT, PACKAGES, versions
-from lit_qlora.figures.lines import iter_lines, read_lines
+from lit_qlora.figures.lines import read_lines
 from lit_qlora.figures.report import write_report
 from lit_qlora.figures.samples import answered, ends_in_words, side_by_side
 from lit_qlora.forecast import words
@@ -227,7 +227,7 @@ def is_gain(run: RunFolder, loss: float) -> bool:
         run: the run folder, with the recorded figures.
         loss: held-out loss in nats per token.
     """
-    losses = (line["val/loss"] for line in iter_lines(run.metrics) if not line["step"] and "val/loss" in line)
+    losses = (line["val/loss"] for line in read_lines(run.metrics) if not line["step"] and "val/loss" in line)
     before = next(losses, None)
     return before is None or not math.isfinite(before) or loss < before
 

@@ -131,11 +131,8 @@ def _render(name: str, base: str, **values: Any) -> str:
 def published(value: Any) -> Any:
     """``value`` with paths on this machine reduced to their last part, at any depth; no text for a model is one."""
     if isinstance(value, Mapping):
-        return {
-            key: inner if key in (*FREE_TEXTS, "template") else published(inner)
-            for key, inner in value.items()
-            if inner is not None
-        }
+        texts, given = (*FREE_TEXTS, "template"), {key: inner for key, inner in value.items() if inner is not None}
+        return {key: inner if key in texts else published(inner) for key, inner in given.items()}
     if isinstance(value, list):
         return [published(inner) for inner in value]
     if isinstance(value, str) and _is_path(value):

@@ -70,7 +70,7 @@ class StepLines:
 
     def read(self) -> Iterator[dict[str, Any]]:
         """The lines by step: those in the file, and those not written yet."""
-        yield from iter_lines(self.path)
+        yield from read_lines(self.path)
         yield from map(parse_json, self._unwritten.values())
 
     def state_dict(self) -> dict[str, Any]:
@@ -149,20 +149,15 @@ def json_number(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file, without damaged or partly written ones."""
-    return [*iter_lines(path)]
-
-
-def iter_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """As `read_lines`, one by one."""
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a file one by one, without damaged or partly written ones."""
     if path.is_file():
         with path.open("rb") as file:
             yield from filter(None, map(_line, file))
 
 
 def damaged_lines(path: Path) -> list[int]:
-    """The numbers of the lines that `iter_lines` leaves out, from 1 on."""
+    """The numbers of the lines that `read_lines` leaves out, from 1 on."""
     if not path.is_file():
         return []
     with path.open("rb") as file:

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from lit_qlora.errors import UserError
 from lit_qlora.figures.card import HELD_OUT
 from lit_qlora.figures.charts import charts, peak_of
-from lit_qlora.figures.lines import damaged_lines, iter_lines
+from lit_qlora.figures.lines import damaged_lines, read_lines
 from lit_qlora.figures.render import filled
 from lit_qlora.figures.samples import CONTEXT, LIMIT, ROWS_SHOWN, answered, ends_in_words
 from lit_qlora.place import COMMAND
@@ -108,7 +108,7 @@ def _figures(file: Path) -> dict[int, dict[str, float]]:
     """The finite figures of each step, whatever else stands in the lines."""
     return {
         line["step"]: {name: float(value) for name, value in line.items() if _is_number(value)}
-        for line in iter_lines(file) if 0 <= line["step"] < 2**53
+        for line in read_lines(file) if 0 <= line["step"] < 2**53
     }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from lit_qlora.columns import first_columns, in_column, lines_of
 from lit_qlora.console import WIDTH
-from lit_qlora.figures.lines import iter_lines
+from lit_qlora.figures.lines import read_lines
 
 ROWS_SHOWN = 16
 """Number of answers in the table and in the report; ends are counted over all answers, which are all in the file."""
@@ -89,7 +89,7 @@ def answered(file: Path, step: int | None) -> list[dict[str, Any]]:
         step: Of the best adapter; 0 or None where that is unknown.
     """
     found: list[dict[str, Any]] = []
-    for line in iter_lines(file):
+    for line in read_lines(file):
         rows = _rows(line)
         if any("adapter" in row for row in rows) or not found:
             found = rows
@@ -127,7 +127,7 @@ def short_prompts(file: Path, count: int) -> list[str]:
         count: number of prompts, the first ones.
     """
     found: list[str] = []
-    for line in iter_lines(file):
+    for line in read_lines(file):
         prompts = (row.get("prompt") for row in _rows(line))
         texts = (text.strip() for text in prompts if isinstance(text, str))
         found = [text for text in texts if 0 < len(text) <= 100 and text.isprintable()]

@@ -330,5 +330,5 @@ def _lines(run):
 
 def _without_speed(run):
     """Which differs from run to run."""
-    lines = read_lines(run.metrics)
+    lines = [*read_lines(run.metrics)]
     return [{name: value for name, value in line.items() if not name.startswith("speed/")} for line in lines]

@@ -229,5 +229,5 @@ def test_lines_that_do_not_fit_are_kept_and_written_later(tmp_path, capsys, full
     for one in (resumed, file):
         one.finalize("success")
         path = one.run.metrics
-        assert read_lines(path) == [{"step": step, "a": float(step)} for step in (1, 2, 3, 4, 5)]
+        assert [*read_lines(path)] == [{"step": step, "a": float(step)} for step in (1, 2, 3, 4, 5)]
         assert path.read_bytes().count(b"\n") == 5

@@ -21,7 +21,7 @@ def test_the_hosts_peak_is_recorded_with_each_validation(trainer, tiny, rows, tm
     trainer(PeakMemory(), HeldOutMetrics(), logger=Record(RunFolder(tmp_path)), val_check_interval=2).fit(
         tiny(), datamodule=rows(4)
     )
-    lines = read_lines(path)
+    lines = [*read_lines(path)]
     assert [line["step"] for line in lines] == [0, 2, 4]
     assert all({name for name in line if name.startswith("memory/")} == {"memory/host_gib"} for line in lines)
     host = [line["memory/host_gib"] for line in lines]
@@ -73,7 +73,7 @@ def test_the_cards_peaks_stand_under_their_phases(cuda, trainer, tiny, rows, tmp
         "train_allocated": 9.0,
         "train_reserved": 10.0,
     }
-    first, second, third = read_lines(path)
+    first, second, third = [*read_lines(path)]
     assert (first["memory/load_allocated_gib"], first["memory/validation_allocated_gib"]) == (4.0, 3.0)
     assert "memory/train_allocated_gib" not in first
     assert second["memory/train_reserved_gib"] == 10.0

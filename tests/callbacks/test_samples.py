@@ -270,7 +270,7 @@ def test_each_validation_has_a_line_of_all_answers_whole(fake, tmp_path):
     ]
     adapter = [{"text": "11 12", "cut_by": "samples/cut"}, {"text": "9", "cut_by": None}]
     after = [row | {"adapter": answer} for row, answer in zip(base, adapter, strict=True)]
-    assert read_lines(run.samples) == [
+    assert [*read_lines(run.samples)] == [
         {"step": 0, "max_new_tokens": 2, "answers": base}, {"step": 5, "max_new_tokens": 2, "answers": after}
     ]  # fmt: skip
 

@@ -76,7 +76,7 @@ def test_the_stopped_run_goes_on_to_the_same_end(full_run, tiny, rows, tmp_path)
 
 
 def _lines(parts):
-    return read_lines(parts.run.metrics)
+    return [*read_lines(parts.run.metrics)]
 
 
 def test_where_a_validation_follows_it_is_finished_and_the_save_behind_it_is_the_last(full_run, tiny, rows, tmp_path):

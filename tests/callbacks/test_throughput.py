@@ -122,4 +122,4 @@ def test_a_run_records_it_at_each_log_step(trainer, tiny, rows, tmp_path, clock)
     made.fit(Slow(), datamodule=rows(7))
     # Rows of 4 tokens, none padded.
     expected = [{"step": step, "speed/tokens_per_second": 2.0, "speed/padding_share": 0.0} for step in (2, 4, 6, 7)]
-    assert read_lines(path) == expected
+    assert [*read_lines(path)] == expected

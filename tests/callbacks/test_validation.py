@@ -44,7 +44,7 @@ def test_it_validates_before_the_first_step_and_after_the_last_once(trainer, tin
 def test_validations_are_recorded_under_their_step(trainer, tiny, rows, tmp_path):
     run = RunFolder(tmp_path)
     trainer(HeldOutMetrics(), logger=Record(run), val_check_interval=4).fit(tiny(), datamodule=rows(6))
-    lines = read_lines(run.metrics)
+    lines = [*read_lines(run.metrics)]
     assert [line["step"] for line in lines] == [0, 4, 6]
     assert all(line.keys() == {"step", "val/loss", "val/perplexity", "val/accuracy"} for line in lines)
     assert lines[0]["val/loss"] == 100.0  # 4 weights, each 5 away
@@ -53,7 +53,7 @@ def test_validations_are_recorded_under_their_step(trainer, tiny, rows, tmp_path
 def test_a_validation_in_mid_window_stands_in_its_steps_line(full_run, tiny, rows, tmp_path):
     parts = full_run(tmp_path / "run", 1, accumulate_grad_batches=2, val_check_interval=3)
     parts.trainer.fit(tiny(), datamodule=rows(8))
-    lines = read_lines(parts.run.metrics)
+    lines = [*read_lines(parts.run.metrics)]
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
     # After micro-batch 3 one step was done and saved; after 6, three; the last state is always scored.
     assert [line["step"] for line in lines if "val/loss" in line] == [0, 1, 3, 4]

@@ -106,7 +106,7 @@ def alone(*options: str) -> str:
 
 def assert_same(run: str, other: str, rounding: float = ROUNDING) -> None:
     """Every figure but the clock's and the memory's, and every tensor of the adapter, are equal but for rounding."""
-    one, two = (read_lines(Path("runs", name, "metrics.jsonl")) for name in (run, other))
+    one, two = ([*read_lines(Path("runs", name, "metrics.jsonl"))] for name in (run, other))
     assert [line["step"] for line in one] == [line["step"] for line in two]
     for line, found in zip(one, two, strict=True):
         assert line.keys() == found.keys()

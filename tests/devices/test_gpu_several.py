@@ -154,7 +154,7 @@ def runs(gpus: int, wide: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 def assert_same(one: Processes, other: Processes, rounding: float, adapter: bool) -> None:
     """Losses, gradient norms, updates and the adapter are equal but for rounding; an adapter's tensor by its norm."""
-    lines, found = (read_lines(run.folder / "run" / "metrics.jsonl") for run in (one, other))
+    lines, found = ([*read_lines(run.folder / "run" / "metrics.jsonl")] for run in (one, other))
     assert [line["step"] for line in lines] == [line["step"] for line in found] and lines[-1]["step"] == 6
     for line, beside in zip(lines, found, strict=True):
         assert line.keys() == beside.keys()

@@ -30,7 +30,7 @@ def resumed(path, counted_on, **unwritten):
 def test_a_file_without_a_whole_line_is_empty(tmp_path, content):
     path = tmp_path / "metrics.jsonl"
     path.write_text(content, encoding="utf-8")
-    assert read_lines(path) == []
+    assert [*read_lines(path)] == []
     file = StepLines(path)
     file.go_back(None)
     file.add(0, {"a": 1})
@@ -109,7 +109,7 @@ def test_an_end_that_was_cut_off_or_zeroed_is_reported_with_the_steps_that_are_l
     file = resumed(path, 7)
     assert capsys.readouterr().err.splitlines() == [f"warning: {path}: {line}" for line in told]
     file.add(9, {"b": 1})
-    assert read_lines(path)[-1] == {"step": 9, "b": 1}
+    assert [*read_lines(path)][-1] == {"step": 9, "b": 1}
 
 
 def full(*_):

@@ -53,7 +53,7 @@ def test_a_save_in_between_does_not_close_the_line(run):
     record.save()
     assert not run.metrics.exists()
     written(record, (1, {"b": 2}))
-    assert read_lines(run.metrics) == [{"step": 1, "a": 1.0, "b": 2.0}]
+    assert [*read_lines(run.metrics)] == [{"step": 1, "a": 1.0, "b": 2.0}]
 
 
 def test_a_run_that_was_cut_keeps_the_open_step_in_its_checkpoint(run):
@@ -70,8 +70,12 @@ def test_a_run_that_was_cut_keeps_the_open_step_in_its_checkpoint(run):
     resumed.go_back(state)
     assert resumed.by_step() == {0: {"step": 0, "a": 0.0}, 1: {"step": 1, "a": "nan"}}
     written(resumed, (1, {"b": 2}), (2, {"a": 3}))
-    assert read_lines(run.metrics) == [{"step": 0, "a": 0.0}, {"step": 1, "a": "nan", "b": 2.0}, {"step": 2, "a": 3.0}]
-    assert read_lines(run.samples) == [{"step": 1, **ANSWERS}]
+    assert [*read_lines(run.metrics)] == [
+        {"step": 0, "a": 0.0},
+        {"step": 1, "a": "nan", "b": 2.0},
+        {"step": 2, "a": 3.0},
+    ]
+    assert [*read_lines(run.samples)] == [{"step": 1, **ANSWERS}]
 
 
 def test_samples_of_steps_behind_the_checkpoint_go(run):
@@ -102,7 +106,7 @@ def test_what_is_counted_otherwise_ends_no_line_and_is_kept_apart(run):
         one.log_metrics({"a": 3}, step=2)
         one.log_metrics({"odd": 8}, step=101)
         one.finalize("success")
-        assert read_lines(run.metrics) == [{"step": 1, "a": 1.0, "b": 2.0}, {"step": 2, "a": 3.0}]
-        assert read_lines(run.others) == [
+        assert [*read_lines(run.metrics)] == [{"step": 1, "a": 1.0, "b": 2.0}, {"step": 2, "a": 3.0}]
+        assert [*read_lines(run.others)] == [
             {"step": 1, "figures": [[100, {"odd": 9.0}]]}, {"step": 2, "figures": [[101, {"odd": 8.0}]]}
         ]  # fmt: skip

@@ -5,7 +5,8 @@ traceback. Knows nothing of what raises them.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from os import PathLike
 from typing import Any
 
@@ -109,6 +110,20 @@ def require(holds: bool, option: str, expected: str, got: object, *, place: str 
     """
     if not holds:
         raise UserError(f"expected {expected}, got {excerpt(got)}", option=option, place=place)
+
+
+@contextmanager
+def recorded_in(place: PathLike[str], advice: str) -> Iterator[None]:
+    """Append, to a UserError about a path that is not there, where the path comes from and what to do.
+
+    Args:
+        place: the run or the adapter that records it.
+        advice: which option to give instead.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise error.advise(f"{place} has this path: {advice}") from error
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.75) -> str | None:

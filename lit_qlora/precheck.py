@@ -6,8 +6,7 @@ there; each of these mistakes is one there too, in the same words.
 """
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from lit_qlora.data.sources import check_sources
 from lit_qlora.data.templates import check_template_of_base, read_template
 from lit_qlora.devices import asked
 from lit_qlora.devices.world import is_first, world
-from lit_qlora.errors import UserError
+from lit_qlora.errors import UserError, recorded_in
 from lit_qlora.forecast.cards import find_card
 from lit_qlora.model.base import check_context, check_rank, check_targets, find_base, split_names
 from lit_qlora.model.lora_config import require_adapter
@@ -129,10 +128,10 @@ def _check_with_kept(verb: str, values: Mapping[str, Any], kept: RunFolder, both
             check_early_to_score(values[option], option, Reading.of(as_sections(both).get("data", {})))
         check_sources(as_sections(values).get("data", {}))
     if "model.base" in both and "model.base" not in values:
-        with _advising(kept, "model.base", "the base is"):
+        with recorded_in(kept.path, "give --model.base if the base is elsewhere now"):
             find_base(both["model.base"], weights=False)
     if verb in LEARNING and both.get("model.adapter"):
-        with _advising(kept, "model.adapter", "the adapter is"):
+        with recorded_in(kept.path, "give --model.adapter if the adapter is elsewhere now"):
             require_adapter(Path(both["model.adapter"]))
     if verb == "fit":
         _check_run(values, kept)
@@ -146,17 +145,8 @@ def _check_kept_rows(verb: str, data: Mapping[str, Any], kept: RunFolder) -> Non
     """Raises UserError for rows of the run ``kept`` that are not where they were, as after a move of either."""
     needed = ("source",) if verb == "test" else ("source", "validation_source")
     for name in needed:
-        with _advising(kept, f"data.{name}", "the rows are"):
+        with recorded_in(kept.path, f"give --data.{name} if the rows are elsewhere now"):
             check_sources({name: data.get(name)})
-
-
-@contextmanager
-def _advising(kept: RunFolder, option: str, what: str) -> Iterator[None]:
-    """Advise, in an error about the value of ``option`` in the run ``kept``, to say where it is now."""
-    try:
-        yield
-    except UserError as error:
-        raise error.advise(f"{kept.path} has this path: give --{option} if {what} elsewhere now") from error
 
 
 def _check_whole(verb: str, values: Mapping[str, Any], config: str | None) -> None:

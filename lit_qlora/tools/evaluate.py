@@ -16,7 +16,7 @@ from lit_qlora.data.held_out import check_early_to_score
 from lit_qlora.data.records import Reading
 from lit_qlora.data.sources import check_sources
 from lit_qlora.devices.asked import Precision
-from lit_qlora.errors import UserError, require
+from lit_qlora.errors import UserError, recorded_in, require
 from lit_qlora.figures.lines import json_number
 from lit_qlora.quiet import quieten
 from lit_qlora.storage.files import output_path, require_folder, require_new, saved_by, write_file
@@ -102,10 +102,8 @@ def evaluate(
     if source:
         check_early_to_score(source, "source", Reading.of(chosen.options["data"]))
     elif chosen.run and not subjects:
-        try:
+        with recorded_in(chosen.run.path, "give --source for other rows"):
             check_sources({name: chosen.options["data"][name] for name in ("source", "validation_source")})
-        except UserError as error:
-            raise error.advise(f"{chosen.run.path} has this path: give --source for other rows") from error
 
     from lit_qlora.tools.scoring.rows import Scoring
 

@@ -160,8 +160,8 @@ def test_a_runs_base_that_is_elsewhere_now(tmp_path, monkeypatch, expect_error):
     run.adapter.mkdir(parents=True)
     (run.adapter / "adapter_config.json").write_text("{}")
     run.config.write_text("model:\n  base: ./gone\n")
-    told = {"option": "model.base", "place": str(run.config)}
-    expect_error(lambda: choose_adapter("mine"), "no folder './gone'", "give --base if it is elsewhere now", **told)
+    advice = "runs/mine has this path: give --base if the base is elsewhere now"
+    expect_error(lambda: choose_adapter("mine"), "no folder './gone'", advice, option="base")
     expect_error(lambda: choose_adapter("mine", base="./gone"), "no folder './gone'", option="base")
 
 

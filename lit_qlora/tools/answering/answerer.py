@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lit_qlora.command import kept_options
 from lit_qlora.console import say_imports
-from lit_qlora.errors import UserError, require
+from lit_qlora.errors import UserError, recorded_in, require
 from lit_qlora.model.base import Base, find_base
 from lit_qlora.model.generate import Sampling, generate
 from lit_qlora.model.lora_config import require_adapter
@@ -81,7 +81,7 @@ def choose_adapter(run: str | None = None, adapter: str | None = None, base: str
     if adapter is None:
         folder = trained_run(run)
         options = _options(folder)
-        its_base = _find(base or options["model"]["base"], None if base else folder.config)
+        its_base = _find(base or options["model"]["base"], None if base else folder.path)
         _say_imports()
         return ResolvedAdapter(its_base, folder.adapter, folder, options)
     if run:
@@ -96,7 +96,7 @@ def choose_adapter(run: str | None = None, adapter: str | None = None, base: str
     named = base or (_options(holder)["model"]["base"] if is_of_run else read_record(Path(adapter))["base"])
     if named is None:
         raise UserError(f"{adapter} does not name its base", option="adapter", remedy="give --base")
-    its_base = _find(named, None if base else holder.config if is_of_run else Path(adapter))
+    its_base = _find(named, None if base else holder.path if is_of_run else Path(adapter))
     chosen = ResolvedAdapter(its_base, Path(adapter), None, _options(None))
     prompts = read_format(chosen.adapter)
     if prompts.is_assumed:  # on standard error, since an answer may be piped
@@ -137,12 +137,11 @@ def trained_run(run: str | None) -> RunFolder:
 
 def _find(base: str, place: Path | None) -> Base:
     """The base of that name, which the option gives, or what lies at ``place``. Raises UserError as `find_base`."""
-    try:
-        return find_base(base)
-    except UserError as error:  # which calls it by its name in a config
-        if place:
-            raise error.replace(place=place).advise("give --base if it is elsewhere now") from error
-        raise error.replace(option="base") from error
+    with recorded_in(place, "give --base if the base is elsewhere now") if place else nullcontext():
+        try:
+            return find_base(base)
+        except UserError as error:  # which calls it by its name in a config
+            raise error.replace(option="base") from error
 
 
 def check_prompt(

@@ -96,7 +96,7 @@ def _matters(name: str, run: RunFolder, record: Mapping[str, Any], config: Mappi
         return not record or record["base"] != fingerprint(base)
     if name == "model.adapter":
         adapter = config["model"]["adapter"]
-        return not record or record.get("adapter") != (digest(Path(adapter)) if adapter else None)
+        return not record or record["adapter"] != (digest(Path(adapter)) if adapter else None)
     if not record:
         return False
     if name == "trainer.precision":
@@ -137,7 +137,7 @@ def check_against_first(run: RunFolder, config: dict[str, Any], base: Base, data
         run.write_config(as_yaml(first))
     check_same_run(run, first, config, lambda: data.changed_since(run.rows) == [])
     finished = run.finished()
-    if finished and _stays_finished(finished, finished.get("lengths", lengths(first)), lengths(config)):
+    if finished and _stays_finished(finished, finished["lengths"], lengths(config)):
         if others := _unlike_checkpoint(run, first, config, base):
             raise another_run(run, others)
         if changes := data.changed_since(run.rows):
@@ -158,7 +158,7 @@ def check_against_first(run: RunFolder, config: dict[str, Any], base: Base, data
 def _first_settings(run: RunFolder) -> dict[str, Any] | None:
     """The configuration of a run's first start, by its config.yaml, else by its newest checkpoint.
 
-    None for a run that has not begun, or whose checkpoint is an earlier version's.
+    None for a run that has not begun, or that has neither.
     """
     if not run.has_begun():
         return None

@@ -284,12 +284,15 @@ def test_a_resealed_checkpoint_that_lacks_a_part_is_gone_behind(
     assert load_state(folder, with_tensors=False)["run"]["steps"] == 4
 
 
-def test_a_resealed_checkpoint_whose_record_lacks_a_part_is_refused(run: Path, expect_error: ExpectError) -> None:
+@pytest.mark.parametrize("part", ["prompt_format", "adapter"])
+def test_a_resealed_checkpoint_whose_record_lacks_a_part_is_refused(
+    part: str, run: Path, expect_error: ExpectError
+) -> None:
     folder = run / "checkpoints/step-00000004"
     (run / "finished.json").unlink()
-    change_state(folder, lambda state: state["run"].pop("prompt_format"))
+    change_state(folder, lambda state: state["run"].pop(part))
     for command in (FIT, ["validate", "--run", "./run", "--ckpt_path", "last"]):
-        expect_error(command, folder, "no prompt_format", "remove that folder", option="run")
+        expect_error(command, folder, f"no {part}", "remove that folder", option="run")
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
@@ -592,7 +595,7 @@ def test_max_time_ends_with_status_0_and_the_same_command_goes_on(
     assert [path.name for path in Path("run/checkpoints").iterdir()] == ["step-00000001"]
     assert not Path("run/finished.json").exists()
     assert "max_time" not in Path("run/config.yaml").read_text()
-    with Path("run/config.yaml").open("a") as file:  # an earlier version kept it
+    with Path("run/config.yaml").open("a") as file:  # by hand
         file.write("max_time: 00:00:00:01\n")
     monkeypatch.setattr("lit_qlora.training.max_time_s", None)
     assert main(["fit", "--run", "./run"]) == 0

@@ -26,6 +26,11 @@ CONFIG: dict[str, Any] = {
 }
 
 
+def mark(step: int) -> str:
+    """What a run with `CONFIG` leaves that has finished after ``step`` steps."""
+    return json.dumps({"step": step, "steps": step, "lengths": start.lengths(CONFIG)})
+
+
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
@@ -81,7 +86,7 @@ def finished(path: str, source: str) -> RunFolder:
     data = ChatDataModule(source, tokenizer=demo.BASE)
     train, held_out = (records.conversations for records in data.parts().train_and_held_out())
     RunRows.of(train, held_out, None).write(run.rows)
-    run.finished_mark.write_text('{"step": 3, "steps": 3}')
+    run.finished_mark.write_text(mark(3))
     return run
 
 
@@ -122,7 +127,7 @@ def test_the_same_rows_elsewhere_are_the_same_run() -> None:
 def test_rows_in_another_order_are_no_other_rows() -> None:
     write_rows(2)
     Path("held.jsonl").write_text('{"prompt": "Who?", "response": "I."}\n')
-    begun("runs/demo").finished_mark.write_text('{"step": 3, "steps": 3}')
+    begun("runs/demo").finished_mark.write_text(mark(3))
     data = ChatDataModule("mine.jsonl", tokenizer=demo.BASE, validation_source="held.jsonl")
     train, held_out = (records.conversations for records in data.parts().train_and_held_out())
     RunRows.of(reversed(train), held_out, "held.jsonl").write(RunFolder(Path("runs/demo")).rows)
@@ -172,7 +177,7 @@ def test_what_the_checkpoint_would_refuse_makes_another_run(
 
 
 def test_a_finished_run_is_not_made_shorter_by_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    begun("runs/demo").finished_mark.write_text('{"step": 9, "steps": 9}')
+    begun("runs/demo").finished_mark.write_text(mark(9))
     monkeypatch.setattr(start, "_record", lambda _: {"steps": 9, "settings": CONFIG})
     assert chosen(changed(trainer__max_steps=8)) == "runs/demo"
 

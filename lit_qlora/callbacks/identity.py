@@ -134,7 +134,7 @@ class RunIdentity(Callback):
 def _record(checkpoint: dict[str, Any], folder: object) -> dict[str, Any]:
     """The record of the run in ``checkpoint``, from ``folder``. Raises UserError if it is incomplete."""
     found = checkpoint[RUN]
-    missing = {*REMEDY, "base_name", "steps"} - {"adapter", *(found if isinstance(found, dict) else ())}
+    missing = {*REMEDY, "base_name", "steps"} - {*(found if isinstance(found, dict) else ())}
     if missing:
         raise UserError(
             f"{folder} was altered: its record of the run has no {min(missing)}",
@@ -164,7 +164,7 @@ def _describe_data(trainer: Trainer) -> dict[str, Any]:
 def _compare(was: dict[str, Any], now: dict[str, Any], changes: Callable[[], Mapping[str, str]] = dict) -> None:
     """Raises UserError for the first part of ``now`` that was another one; ``changes`` has words for some parts."""
     for part, remedy in REMEDY.items():
-        if part in now and was.get(part, now[part]) != now[part]:  # an earlier version recorded no adapter
+        if part in now and was[part] != now[part]:
             raise UserError(
                 f"its {part.replace('_', ' ')} changed: "
                 + (changes().get(part) or f"{_in_words(part, was)} -> {_in_words(part, now)}"),

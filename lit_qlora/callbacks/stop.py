@@ -163,4 +163,4 @@ class StopWithoutGain(EarlyStopping):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As Lightning's, but with the patience of the command line, not of the checkpoint."""
         super().load_state_dict({**state_dict, "patience": self.patience})
-        self._step = state_dict.get("step", -1)
+        self._step = state_dict["step"]

@@ -61,8 +61,7 @@ class Throughput(StepCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the interrupted interval."""
         self._tokens, self._places = state_dict["tokens"], state_dict["places"]
-        self._seconds = state_dict["seconds"]
-        self.training_s = state_dict.get("training_s", 0.0)
+        self._seconds, self.training_s = state_dict["seconds"], state_dict["training_s"]
 
     def _pause(self) -> None:
         if self._since is not None:

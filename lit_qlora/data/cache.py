@@ -84,7 +84,6 @@ def encode_records(conversations: Sequence[Conversation], encoder: Encoder) -> E
         remedy = "free some room there, or set HF_DATASETS_CACHE to a folder that can be written"
         raise UserError(f"the encoded rows can't be kept in {folder.parent} ({reason})", remedy=remedy) from error
     counts = parse_json((folder / "counts.json").read_bytes())
-    divided = counts.get("divided", 0)  # which an entry of an earlier version may lack
     examples = datasets.Dataset.from_file(str(folder / "rows.arrow"))
     return EncodedRows(
         examples.select_columns(["input_ids", "labels"]),
@@ -92,9 +91,9 @@ def encode_records(conversations: Sequence[Conversation], encoder: Encoder) -> E
         examples["answer_tokens"][:],
         counts["cut"],
         counts["left_out"],
-        divided,
+        counts["divided"],
         # A run whose texts were cut is another one.
-        hashlib.sha256(f"{folder.name} divided".encode()).hexdigest()[:32] if divided else folder.name,
+        hashlib.sha256(f"{folder.name} divided".encode()).hexdigest()[:32] if counts["divided"] else folder.name,
         held,
     )
 

@@ -372,7 +372,7 @@ def _check_unaltered(folder: Path, expected: Mapping[str, Any], remedy: str | No
     """Raises UserError if adapter_config.json has other options of LoRA than its record or its run."""
     for name, found in _settings(folder).items():
         own = expected.get(name)
-        if own not in (None, found):  # earlier versions recorded none
+        if own != found:
             problem = f"adapter_config.json has {IN_CONFIG[name]} {found}, expected {own}: it was altered"
             raise UserError(problem, place=folder, remedy=remedy)
 

@@ -289,7 +289,7 @@ class RunFolder:
             return None
         try:
             mark = dict(parse_json(self.finished_mark.read_bytes()))
-            return mark | {name: int(mark[name]) for name in ("step", "steps")}
+            return mark | {name: int(mark[name]) for name in ("step", "steps")} | {"lengths": dict(mark["lengths"])}
         except (ValueError, TypeError, KeyError, OverflowError):
             complain(f"warning: {self.finished_mark} is damaged: the run is completed once more")
             return None

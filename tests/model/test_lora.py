@@ -416,15 +416,6 @@ def test_a_config_that_says_something_else_than_the_record(adapter, changes, tol
     expect_error(lambda: read_record(adapter), "altered", told, place=adapter)
 
 
-def test_an_older_record_says_nothing_of_lora(load, tiny, adapter):
-    record = json.loads((adapter / "lit_qlora.json").read_text(encoding="utf-8"))
-    for name in ("rank", "alpha", "rslora", "dora"):
-        del record[name]
-    (adapter / "lit_qlora.json").write_text(json.dumps(record), encoding="utf-8")
-    edit(adapter / "adapter_config.json", lora_alpha=16)
-    assert load_adapter(load(), tiny, adapter, trainable=False).peft_config["default"].lora_alpha == 16
-
-
 @pytest.mark.parametrize("lost", [{"base", "base_fingerprint"}, {"base"}, {"base_fingerprint"}, None])
 def test_a_record_without_its_base(adapter, lost, expect_error):
     record = json.loads((adapter / "lit_qlora.json").read_text(encoding="utf-8"))

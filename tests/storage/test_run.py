@@ -223,8 +223,9 @@ def test_files_that_would_be_written_elsewhere_are_refused(run, tmp_path, name):
 
 def test_the_mark_tells_that_a_run_is_finished(run):
     assert run.finished() is None
-    run.finished_mark.write_text(json.dumps({"step": 7, "steps": 10}), encoding="utf-8")
-    assert run.finished() == {"step": 7, "steps": 10}
+    mark = {"step": 7, "steps": 10, "lengths": {"max_steps": 10}}
+    run.finished_mark.write_text(json.dumps(mark), encoding="utf-8")
+    assert run.finished() == mark
 
 
 def test_a_run_has_begun_once_something_is_recorded_or_saved(tmp_path):
@@ -352,7 +353,9 @@ def test_only_a_run_folder_can_be_opened(run, tmp_path, expect_error):
         expect_error(partial(open_run, name), name, "folder", option="run")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", '{"step": null, "steps": 2}', '{"step": 1}', "\0\0"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[1]", '{"step": null, "steps": 2}', '{"step": 1}', '{"step": 1, "steps": 1}', "\0\0"]
+)
 def test_a_damaged_mark_is_none_with_a_warning(run, capsys, text):
     run.finished_mark.write_text(text, encoding="utf-8")
     assert run.finished() is None

@@ -1,6 +1,7 @@
-"""Owns the start before anything is built: which run folder is meant, and whether the run may resume.
+"""Owns the checks of a start before a weight is loaded: which run is meant, whether it may resume or be scored, from
+which checkpoint or adapter, and whether the disks have room.
 
-Called by `training.py`. Knows the run's files and settings; loads no model and no data.
+Called by `training.py`. Knows the run's files and settings; loads no model.
 """
 
 import math

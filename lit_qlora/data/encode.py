@@ -1,7 +1,7 @@
 """Owns the encoding of a conversation to token ids, and the only decision about what is learned.
 
-Training, validation, samples and answering all build their ids here, so prompts cannot differ. BOS and EOS are inserted
-as ids; outside text can never become one. Knows nothing of batches, models or files.
+Training, validation, samples and answering all build their ids here, so prompts cannot differ, and read answers' ids
+here. BOS and EOS are inserted as ids; outside text can never become one. Knows nothing of batches, models or files.
 """
 
 import hashlib

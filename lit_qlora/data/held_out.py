@@ -1,7 +1,8 @@
 """Owns which conversations are held out from training, and which are for `test`.
 
 Held out are those of a source of their own, or else of the source's validation split, or else of its test split, or
-else a seeded share. After a run's start, its record names them. Knows no form of row and no tokens.
+else a seeded share. After a run's start, its record names them. `Parts` is its interface. Knows no form of row and no
+tokens.
 """
 
 import random

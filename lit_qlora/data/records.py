@@ -1,7 +1,7 @@
-"""Owns the conversion of rows to conversations that can be trained on.
+"""Owns how the rows of one split become conversations that can be trained on, and a look ahead for what would fail.
 
-What is left out, removed or not used is counted; errors name their place. Holds a prompt format without asking which.
-Knows no tokens, and not where rows come from.
+`load_records` and `check_early` are its interface; `sources` gives the rows, `row` reads one. What is left out, removed
+or not used is counted; errors name their place. Holds a prompt format without asking which. Knows no tokens.
 """
 
 import random

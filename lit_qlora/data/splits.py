@@ -1,7 +1,7 @@
-"""Owns which files on this machine are which split, training, validation or test, and which are none: by their names.
+"""Owns the names of splits, training, validation and test; and by them, which files on this machine are which.
 
-In a folder a split may be a file, the parts of one, a folder, or what datasets.save_to_disk has left. Knows no hub, no
-form of row, and nothing of what the files hold.
+The hub and columns of tables have the same names. In a folder a split may be a file, the parts of one, a folder, or
+what datasets.save_to_disk has left. Asks no hub; knows no form of row, and nothing of what the files hold.
 """
 
 import re

@@ -1,6 +1,7 @@
-"""Owns what a device supports: mixed precision and attention, by compute capability; and how its chance is seeded.
+"""Owns the device that is computed on: what it supports, by its compute capability, and how its chance is seeded.
 
-`torch.cuda.is_bf16_supported()` is not used: it is true on a T4, where bf16 is emulated. Knows no model.
+`decide_for` takes a GPU that is not here. `torch.cuda.is_bf16_supported()` is not used: it is true on a T4, where bf16
+is emulated. Knows no model.
 """
 
 import hashlib

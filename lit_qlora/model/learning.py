@@ -305,30 +305,3 @@ class LearnsInParts(ComputesSums):
             if parameter.grad is not None:
                 gradient.add_(parameter.grad)
             parameter.grad = gradient
-
-
-def check_batch(batch: Any, num_ids: int) -> None:
-    """Check what a DataLoader gives.
-
-    Args:
-        batch: expected to be a `Batch` as `collate` makes it.
-        num_ids: size of the base's vocabulary.
-
-    Raises:
-        UserError: it is none, or has ids that the base lacks.
-    """
-    remedy = "lit_qlora.data.batching.collate makes one of examples, and DataLoader(…, batch_size=None) leaves it alone"
-    if not isinstance(batch, Batch):
-        raise UserError(
-            f"expected batches of the type lit_qlora.batch.Batch, got {type(batch).__name__}",
-            option="dataloaders",
-            remedy=f"give a ChatDataModule, or make them: {remedy}",
-        )
-    if batch.input_ids.dim() != 2 or batch.positions.dim() != 1:
-        shape = tuple(batch.input_ids.shape)
-        raise UserError(
-            f"expected input_ids of [rows, tokens], got {shape}: collated twice", option="dataloaders", remedy=remedy
-        )
-    if batch.highest_id >= num_ids:
-        problem = f"a batch has the id {batch.highest_id:,}, expected ids below {num_ids:,}, the base's vocab_size"
-        raise UserError(problem, option="dataloaders", remedy="make its rows with the tokenizer of the base")

@@ -41,7 +41,7 @@ from lit_qlora.model.device import (
     seed_by_position,
 )
 from lit_qlora.model.generate import Sampling, generate
-from lit_qlora.model.learning import LearnsInParts, check_batch
+from lit_qlora.model.learning import LearnsInParts
 from lit_qlora.model.loss import CHUNK_ROWS
 from lit_qlora.model.optimizer import OPTIMIZERS, OptimizerName, Schedule, check_optimizer, make_schedule
 from lit_qlora.model.sharded_base import check_host, load_sharded
@@ -474,7 +474,7 @@ class QLoRAModule(LearnsInParts):
 
         Raises UserError for a batch of another DataLoader or tokenizer, or made for another accumulation.
         """
-        check_batch(batch, self.base.shape.vocabulary)
+        script.check_batch(batch, self.base.shape.vocabulary)
         if self.shards:
             self._count_passes(self.shards, batch.device, batch_idx)
         expected, now = self._accumulated, self.trainer.accumulate_grad_batches
@@ -524,7 +524,7 @@ class QLoRAModule(LearnsInParts):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add a batch to the sums over the held-out rows. Raises UserError as `on_train_batch_start`."""
-        check_batch(batch, self.base.shape.vocabulary)
+        script.check_batch(batch, self.base.shape.vocabulary)
         if self.shards:
             self.shards.count(batch.device)
         loss_sum, num_correct, num_answers = self.summed_loss(batch) if batch.is_here else self.nothing()

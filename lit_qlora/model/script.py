@@ -1,5 +1,6 @@
-"""Owns what a script's own Trainer may be, and what its checkpoints are: settings that are supported, figures that its
-callbacks may monitor, and the base, scaling and prompt format that a file of Lightning's ModelCheckpoint records.
+"""Owns what a script's own Trainer and loaders may be, and what its checkpoints are: settings that are supported,
+figures that its callbacks may monitor, and the base, scaling and prompt format that a file of Lightning's
+ModelCheckpoint records.
 
 A run of the command line has its own: `trainer.py`, and folders for checkpoints. Knows the module by its base, its
 LoRA and its prompt format only.
@@ -30,6 +31,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
+from lit_qlora.batch import Batch
 from lit_qlora.devices.strategy import Replicas
 from lit_qlora.errors import UserError, excerpt, require
 from lit_qlora.model.base import Base
@@ -185,6 +187,33 @@ def check_monitored(callback: Callback, figures: Sequence[str]) -> None:
             f"{type(callback).__name__} monitors {excerpt(monitored)}, expected {' '.join(known)}",
             option="trainer.callbacks",
         )
+
+
+def check_batch(batch: Any, num_ids: int) -> None:
+    """Check what a DataLoader gives.
+
+    Args:
+        batch: expected to be a `Batch` as `collate` makes it.
+        num_ids: size of the base's vocabulary.
+
+    Raises:
+        UserError: it is none, or has ids that the base lacks.
+    """
+    remedy = "lit_qlora.data.batching.collate makes one of examples, and DataLoader(…, batch_size=None) leaves it alone"
+    if not isinstance(batch, Batch):
+        raise UserError(
+            f"expected batches of the type lit_qlora.batch.Batch, got {type(batch).__name__}",
+            option="dataloaders",
+            remedy=f"give a ChatDataModule, or make them: {remedy}",
+        )
+    if batch.input_ids.dim() != 2 or batch.positions.dim() != 1:
+        shape = tuple(batch.input_ids.shape)
+        raise UserError(
+            f"expected input_ids of [rows, tokens], got {shape}: collated twice", option="dataloaders", remedy=remedy
+        )
+    if batch.highest_id >= num_ids:
+        problem = f"a batch has the id {batch.highest_id:,}, expected ids below {num_ids:,}, the base's vocab_size"
+        raise UserError(problem, option="dataloaders", remedy="make its rows with the tokenizer of the base")
 
 
 def record(base: Base, lora: Lora, prompt_format: PromptFormat) -> dict[str, Any]:

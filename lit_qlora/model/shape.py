@@ -1,6 +1,6 @@
 """Owns sizes that follow from a base's config.json: parameter counts of the base and of LoRA.
 
-Knows no weights, no torch.
+Those of Llama 2 are known without a download. Knows no weights, no torch.
 """
 
 import math

@@ -1,6 +1,6 @@
-"""Owns the headers of a base's weight files: names, sizes and offsets of tensors; and whether they fit its config.json.
+"""Owns a base's weight files: their download, the tensors in their headers, and whether these fit its config.json.
 
-Reads only the requested values. Knows no torch and no adapters.
+A header has names, sizes and offsets; only requested values are read. Knows no torch and no adapters.
 """
 
 import math

@@ -184,11 +184,16 @@ def load_adapter(
         peft_model.load_adapter(str(folder), "default", is_trainable=trainable)
     except (SafetensorError, OSError, ValueError, re.error) as error:
         raise _unreadable(folder, error) from error
-    if not all(torch.isfinite(parameter).all() for parameter in adapter_parameters(peft_model).values()):
-        raise UserError(
-            "it holds values that are not finite", place=folder / ADAPTER_WEIGHTS, remedy="take another checkpoint"
-        )
+    where = {"place": folder / ADAPTER_WEIGHTS, "remedy": "take another checkpoint"}
+    check_finite(adapter_parameters(peft_model), **where)
     return peft_model
+
+
+def check_finite(weights: Mapping[str, torch.Tensor], **where: Any) -> None:
+    """Raises UserError, with the fields ``where``, for the first of an adapter's weights that is not finite."""
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise UserError(f"{name} holds values that are not finite", **where)
 
 
 def check_shapes(found: Shapes, expected: Shapes, problem: str, **where: Any) -> None:
@@ -242,9 +247,7 @@ def read_weights(folder: Path, expected: Mapping[str, Any]) -> dict[str, torch.T
         weights = load_file(file)
     except (SafetensorError, OSError) as error:
         raise _unreadable(folder, error) from error
-    for name, weight in weights.items():
-        if not weight.isfinite().all():
-            raise UserError(f"{name} holds values that are not finite: it was altered", place=file)
+    check_finite(weights, place=file)
     return weights
 
 

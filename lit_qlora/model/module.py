@@ -379,14 +379,9 @@ class QLoRAModule(LearnsInParts):
         given, shapes = ({name: [*value.shape] for name, value in state.items()} for state in (state_dict, own))
         remedy = "give it the same base, rank and target modules"
         lora.check_shapes(given, shapes, "the checkpoint is of another adapter", remedy=remedy)
-        broken = [name for name in own if not state_dict[name].isfinite().all()]
-        if broken:
-            folder = self.trainer.ckpt_path if self._attached else None
-            raise UserError(
-                f"{broken[0]} holds values that are not finite: it was altered",
-                place=folder or "the checkpoint",
-                remedy="remove that checkpoint's folder, to resume from the one before",
-            )
+        folder = self.trainer.ckpt_path if self._attached else None
+        remedy = "remove that checkpoint's folder, to resume from the one before"
+        lora.check_finite(state_dict, place=folder or "the checkpoint", remedy=remedy)
         with torch.no_grad():
             for name, value in own.items():
                 value.copy_(state_dict[name])

@@ -35,7 +35,7 @@ from lit_qlora.batch import Batch
 from lit_qlora.devices.strategy import Replicas
 from lit_qlora.errors import UserError, excerpt, require
 from lit_qlora.model.base import Base
-from lit_qlora.model.device import choose_precision, compute_dtype, current_device
+from lit_qlora.model.device import check_kernels, choose_precision, compute_dtype, current_device
 from lit_qlora.model.fingerprint import fingerprint, shown
 from lit_qlora.model.lora import Lora
 from lit_qlora.place import COMMAND
@@ -76,7 +76,9 @@ def check_trainer(trainer: Trainer) -> None:
     precision: Any = str(trainer.precision)
     compute_dtype(precision)
     if device == "cuda":
-        choose_precision(precision, current_device())
+        card = current_device()
+        check_kernels(card)
+        choose_precision(precision, card)
     ends = trainer.state.fn != "fit" or (trainer.max_epochs, trainer.max_steps) != (-1, -1)
     expected = "a number of epochs, or of steps in trainer.max_steps, for the learning rate's schedule"
     require(ends, "trainer.max_epochs", expected, trainer.max_epochs)

@@ -31,6 +31,7 @@ from lit_qlora.cli import main
 from lit_qlora.errors import UserError
 from lit_qlora.figures.lines import read_lines
 from lit_qlora.figures.tensorboard import LOSS
+from lit_qlora.model.device import Device
 from lit_qlora.model.learning import LearnsInParts
 from lit_qlora.model.script import NEEDED, check_monitors, check_trainer
 from tests.script.parts import data, module, trainer
@@ -423,6 +424,14 @@ def test_a_trainer_that_can_t_do_it_is_refused(options, message):
     with pytest.raises(UserError) as caught:
         check_trainer(made)
     assert message in str(caught.value)
+
+
+def test_a_card_too_old_for_this_build_of_torch_is_refused(monkeypatch, expect_error):
+    made = trainer()
+    monkeypatch.setattr(type(made.strategy), "root_device", torch.device("cuda"))
+    monkeypatch.setattr("lit_qlora.model.script.current_device", lambda: Device("Tesla P100", (6, 0)))
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75"])
+    expect_error(lambda: check_trainer(made), "Tesla P100", "has kernels from 7.5 on", option="trainer.accelerator")
 
 
 CHANGING = [

@@ -49,8 +49,22 @@ def test_everything_else_makes_another_run(name):
     assert refused(was, {}) == [f"{name}: 1 -> None"]
 
 
-def test_what_only_training_reads_is_named_by_its_option():
-    assert {name for name in settings.TRAINS_ONLY if name != "samples"} < {one.name for one in options_of("validate")}
+def test_an_option_has_an_effect_on_a_score_or_only_training_reads_it():
+    """A new one is listed here, or in `TRAINS_ONLY`."""
+    options = {one.name for one in options_of("validate")}
+    trained = {name for name in options if name.startswith(settings.TRAINS_ONLY)}
+    assert options - trained == {
+        "run", "ckpt_path", "seed_everything",
+        "model.base", "model.adapter", "model.attention", "model.compile", "model.cuda_graphs", "model.loss_rows",
+        "model.own_layers", "model.quantized_cache", "model.shard", "model.shard_to",
+        "data.source", "data.validation_source", "data.validation_share", "data.test_source", "data.form",
+        "data.columns", "data.strict", "data.template", "data.system", "data.opening", "data.train_on",
+        "data.max_length", "data.batch_size", "data.batch_tokens", "data.packing", "data.num_workers",
+        "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.precision", "trainer.deterministic",
+        "trainer.benchmark", "trainer.inference_mode", "trainer.detect_anomaly", "trainer.limit_val_batches",
+        "trainer.limit_test_batches", "trainer.enable_progress_bar", "trainer.callbacks", "trainer.plugins",
+    }  # fmt: skip
+    assert {name for name in settings.TRAINS_ONLY if name != "samples"} < options
 
 
 def test_a_section_that_may_change_may_change_in_all_its_parts():

@@ -307,11 +307,12 @@ signal.signal(signal.SIGINT, stop)
 print("begun", flush=True)
 time.sleep(60)
 """
-    names = settings()
+    names, shown = settings(), []
 
     def pressed_once_begun(*words, **how):
         print(*words, **how)
-        if words[-1].strip() == "begun":
+        shown.append(words[-1].strip())  # which a busy terminal may give in pieces
+        if words[-1].strip() and "".join(shown).endswith("begun"):
             signal.raise_signal(signal.SIGINT)
 
     names["print"] = pressed_once_begun

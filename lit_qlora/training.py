@@ -60,7 +60,7 @@ from lit_qlora.figures.tensorboard import Board
 from lit_qlora.forecast import words
 from lit_qlora.forecast.advice import once_out_of_room
 from lit_qlora.forecast.foresee import foresee
-from lit_qlora.model.base import check_context, check_rank, find_base, missing_bytes, split_names
+from lit_qlora.model.base import find_base, missing_bytes, split_names
 from lit_qlora.model.device import AMPERE, Device, current_device, decide_for
 from lit_qlora.model.lora import check_settings, read_format
 from lit_qlora.model.module import QLoRAModule
@@ -270,8 +270,6 @@ class QLoRACLI(LightningCLI):
         given, plugins = own_callbacks(config.get("callbacks"), validates), own_plugins(config.get("plugins"))
         num_processes = count_processes(*(config[name] for name in ("devices", "num_nodes", "accelerator")))
         check_shard(self.model.shard, self.model.shard_to, num_processes)
-        check_rank(base, self.model.lora.rank)
-        check_context(base, self.datamodule.max_length)
         check_weights(base)
         self.check_vocabulary()
         if self.scores:

@@ -5,7 +5,6 @@ used are removed down to `KEPT_BYTES`, but not the new one, those used within th
 open. Knows no source and no batch.
 """
 
-import errno
 import hashlib
 import json
 from collections.abc import Sequence
@@ -19,15 +18,15 @@ from lit_qlora.console import complain, counted
 from lit_qlora.data.encode import SPACE, Encoder
 from lit_qlora.errors import UserError
 from lit_qlora.storage.files import SaveError, parse_json
-from lit_qlora.storage.folders import DamagedFolderError, clear_leftovers, verify_folder, write_folder
+from lit_qlora.storage.folders import ABANDONED_S, DamagedFolderError, clear_leftovers, verify_folder, write_folder
 from lit_qlora.storage.shared import Held, prune
 from lit_qlora.text.conversation import Conversation, Turn
 
 ROWS_PER_WRITE = 512
 KEPT_BYTES = 2 * 10**9
 """Bytes of all entries together: about half a million conversations of Guanaco's length."""
-RECENT_S, ABANDONED_S = 3600, 86400
-"""Seconds after its last use in which an entry is kept, and after which leftovers of a kill are removed."""
+RECENT_S = 3600
+"""Seconds after its last use in which an entry is kept."""
 
 LAYOUT = 1
 """Version of the rows on disk, raised when the same conversations and settings give others."""
@@ -131,8 +130,8 @@ def _write(folder: Path, conversations: Sequence[Conversation], encoder: Encoder
 
     try:
         write_folder(folder, fill)
-    except OSError as error:
-        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # another process, such as a second GPU's, was quicker
+    except OSError:
+        if not folder.is_dir():  # else another process, such as a second GPU's, was quicker
             raise
 
 

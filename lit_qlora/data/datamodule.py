@@ -411,11 +411,9 @@ class ChatDataModule(LightningDataModule):
         for part, rows in self._rows.items():
             records = self._records[part]
             answers = sum(rows.answer_tokens)
-            lines.append(
-                f"{part}: {number_of(len(rows), 'conversations')} of {records.name}, {sum(rows.lengths):,} tokens, "
-                f"{answers:,} of them learned" if part == "train" else
-                f"{part}: {number_of(len(rows), 'conversations')} of {records.name}, {answers:,} tokens scored"
-            )  # fmt: skip
+            learned = f"{sum(rows.lengths):,} tokens, {answers:,} of them learned"
+            used = learned if part == "train" else f"{answers:,} tokens scored"
+            lines.append(f"{part}: {number_of(len(rows), 'conversations')} of {records.name}, {used}")
             for source in records.parts:
                 lines.append("; ".join([f"{part}: {len(source.conversations):,} of {source.name}", *_counted(source)]))
             of_parts = {what for source in records.parts for what in source.dropped}

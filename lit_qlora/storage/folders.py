@@ -27,6 +27,8 @@ CARD = "README.md"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS, RESULT = "adapter_config.json", "adapter_model.safetensors", "result.json"
 """The files of an adapter: peft's two, and the step and held-out figures of one that a run saved."""
 VERSION = 1
+ABANDONED_S = 86_400
+"""Seconds after which an unfinished folder counts as left by a kill where several processes write."""
 _LEFTOVER = re.compile(r"\.(?P<target>.+)\.(?P<kind>old|tmp|gone)-\d+-[0-9a-f]{8}")
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 """How a URL begins: pathlib makes "https:/…" of "https://…"; a single letter before the colon is a Windows drive."""

@@ -64,6 +64,7 @@ def micro_batch(*rows, step_answer_tokens=None):
     ("options", "option", "words"),
     [
         ({"rank": 0}, "model.rank", ["from 1", "got 0"]),
+        ({"rank": 193}, "model.rank", ["at most 192", "demo", "got 193"]),
         ({"alpha": 0.0}, "model.alpha", ["above 0", "got 0.0"]),
         ({"alpha": math.nan}, "model.alpha", ["above 0", "got nan"]),
         ({"dropout": 1.0}, "model.dropout", ["from 0", "below 1", "got 1.0"]),

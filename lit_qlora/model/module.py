@@ -75,8 +75,8 @@ class QLoRAModule(LearnsInParts):
         learning_rate: peak learning rate, after the warm-up.
         warmup_ratio: share of the optimizer steps in which the learning rate rises.
         schedule: learning rate schedule after the warm-up.
-        optimizer: its state is in fp32, with _8bit in 8 bits; with paged_, it moves to host memory when the GPU runs
-            short.
+        optimizer: those with _8bit keep their state in 8 bits instead of fp32; the state of those with paged_ moves to
+            host memory when the GPU runs short.
         weight_decay: decoupled weight decay, as AdamW has it.
         checkpointing: full keeps only each layer's input and recomputes the rest in backward; selective keeps the
             results of matrix products and attention; none keeps everything, which is the same unless DoRA is on; auto

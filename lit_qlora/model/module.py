@@ -153,7 +153,8 @@ class QLoRAModule(LearnsInParts):
         self.offload, self.quantized_cache = offload, quantized_cache
         self.shard, self.shard_to = shard, shard_to
         self.copy_line: str | None = None
-        self.prompt_format = lora.read_format(self.adapter) if self.adapter else lora.DEFAULT_FORMAT
+        self._of_adapter = lora.read_format(self.adapter) if self.adapter else None
+        self.prompt_format = self._of_adapter or lora.DEFAULT_FORMAT
         """The prompt format it is trained with, as recorded in each saved adapter."""
         self._recorded: PromptFormat | None = None
         """That of the checkpoint of Lightning's that it was loaded from."""
@@ -317,9 +318,7 @@ class QLoRAModule(LearnsInParts):
         Raises:
             UserError: the template is another than that of checkpoint or adapter.
         """
-        was, name = self._recorded, "the checkpoint"
-        if was is None and self.adapter:
-            was, name = lora.read_format(self.adapter), str(self.adapter)
+        was, name = self._recorded or self._of_adapter, "the checkpoint" if self._recorded else str(self.adapter)
         if was is None:
             return chosen(template, system)
         is_another_fit = self._recorded is None and self.trainer.state.fn == "fit"

@@ -21,7 +21,7 @@ from lit_qlora.devices import asked
 from lit_qlora.devices.world import is_first, world
 from lit_qlora.errors import UserError, recorded_in
 from lit_qlora.forecast.cards import find_card
-from lit_qlora.model.base import check_context, check_rank, check_targets, find_base, split_names
+from lit_qlora.model.base import check_context, check_lora, find_base, split_names
 from lit_qlora.model.lora_config import require_adapter
 from lit_qlora.model.shape import known_config
 from lit_qlora.options import LINKED, check_once, lacks, no_class, no_option, take_option
@@ -206,8 +206,7 @@ def _check_base(verb: str, values: Mapping[str, Any]) -> None:
     name = values["model.base"]
     base = find_base(name, weights=verb == "fit" and not known_config(name))
     check_template_of_base(values["data.template"], base.location)
-    check_targets(base, split_names(values["model.target_modules"]))
-    check_rank(base, values["model.rank"])
+    check_lora(base, values["model.rank"], split_names(values["model.target_modules"]))
     check_context(base, values["data.max_length"])
 
 

@@ -11,7 +11,7 @@ import pytest
 from lit_qlora import cli
 from lit_qlora.elsewhere import answers, here
 from lit_qlora.errors import UserError
-from lit_qlora.model.base import check_targets, find_base, split_names
+from lit_qlora.model.base import check_lora, find_base, split_names
 from lit_qlora.model.generate import Sampling
 from lit_qlora.trainer import RunParser
 from tests.expect import ExpectError
@@ -300,11 +300,11 @@ def test_names_that_need_no_splitting_stay_as_they_are() -> None:
 def test_a_name_that_there_is_not(name: str, nearest: str | None, expect_error: ExpectError) -> None:
     known = "all-linear, q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
     error = expect_error(
-        lambda: check_targets(find_base("demo"), [name]), repr(name), known, option="model.target_modules"
+        lambda: check_lora(find_base("demo"), 4, [name]), repr(name), known, option="model.target_modules"
     )
     assert ("did you mean" in str(error)) == (nearest is not None) and repr(nearest or name) in str(error)
 
 
 def test_all_linear_beside_a_name() -> None:
     with pytest.raises(UserError, match="all-linear stands for every name; give it, or names, alone"):
-        check_targets(find_base("demo"), ["all-linear", "q_proj"])
+        check_lora(find_base("demo"), 4, ["all-linear", "q_proj"])

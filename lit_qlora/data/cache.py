@@ -18,7 +18,7 @@ from lit_qlora.console import complain, counted
 from lit_qlora.data.encode import SPACE, Encoder
 from lit_qlora.errors import UserError
 from lit_qlora.storage.files import SaveError, parse_json
-from lit_qlora.storage.folders import ABANDONED_S, DamagedFolderError, clear_leftovers, verify_folder, write_folder
+from lit_qlora.storage.folders import DamagedFolderError, clear_leftovers, verify_folder, write_folder
 from lit_qlora.storage.shared import Held, prune
 from lit_qlora.text.conversation import Conversation, Turn
 
@@ -75,7 +75,7 @@ def encode_records(conversations: Sequence[Conversation], encoder: Encoder) -> E
             while held is None:  # again if another process made room for its own meanwhile
                 _write(folder, conversations, encoder)
                 held = _hold(folder)
-            clear_leftovers(folder.parent, ABANDONED_S)
+            clear_leftovers(folder.parent, shared=True)
             entries = (entry for entry in folder.parent.iterdir() if not entry.name.startswith("."))
             prune(entries, most_bytes=KEPT_BYTES, unused_s=RECENT_S)
     except OSError as error:
@@ -124,18 +124,14 @@ def _otherwise(turn: Turn) -> list[str]:
 
 
 def _write(folder: Path, conversations: Sequence[Conversation], encoder: Encoder) -> None:
-    def fill(staging: Path) -> None:
-        counts = _write_rows(staging / "rows.arrow", conversations, encoder)
-        (staging / "counts.json").write_text(json.dumps(counts), encoding="utf-8")
-
     try:
-        write_folder(folder, fill)
+        write_folder(folder, lambda staging: _write_rows(staging, conversations, encoder))
     except OSError:
         if not folder.is_dir():  # else another process, such as a second GPU's, was quicker
             raise
 
 
-def _write_rows(path: Path, conversations: Sequence[Conversation], encoder: Encoder) -> dict[str, int]:
+def _write_rows(folder: Path, conversations: Sequence[Conversation], encoder: Encoder) -> None:
     """Stream the rows to disk, so that host memory holds a few hundred of them at a time."""
     import pyarrow as pa
 
@@ -143,7 +139,7 @@ def _write_rows(path: Path, conversations: Sequence[Conversation], encoder: Enco
     schema = pa.schema([("input_ids", ids), ("labels", ids), ("length", pa.int32()), ("answer_tokens", pa.int32())])
     counts = {"cut": 0, "left_out": 0, "divided": 0}
     divided = counted("encode", map(encoder.rows, encoder.written(conversations)), len(conversations))
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+    with pa.OSFile(str(folder / "rows.arrow"), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
         while some := list(islice(divided, ROWS_PER_WRITE)):
             kept = [example for examples in some for example in examples]
             counts["left_out"] += some.count([])
@@ -157,4 +153,4 @@ def _write_rows(path: Path, conversations: Sequence[Conversation], encoder: Enco
                 "answer_tokens": [len(one.labels) - 1 - one.labels[1:].count(IGNORE_INDEX) for one in kept],
             }
             writer.write_table(pa.Table.from_pydict(columns, schema=schema))
-    return counts
+    (folder / "counts.json").write_text(json.dumps(counts), encoding="utf-8")

@@ -257,15 +257,17 @@ def split_names(target_modules: str | list[str]) -> str | list[str]:
     return "all-linear" if names == ["all-linear"] else names
 
 
-def check_targets(base: Base, target_modules: str | list[str]) -> None:
-    """Check the names of the layers that get LoRA.
+def check_lora(base: Base, rank: int, target_modules: str | list[str]) -> None:
+    """Check that LoRA is not larger than the layers themselves, and the names of those that get it.
 
     Args:
-        base: that has them.
+        base: to be trained.
+        rank: of LoRA.
         target_modules: names of linear layers, or ``all-linear``.
 
     Raises:
-        UserError: one is no linear layer of a decoder layer, or there is none.
+        UserError: the rank is above the base's hidden size, a name is no linear layer of a decoder layer, or there is
+            none.
     """
     names, known = target_names(target_modules), base.shape.linears
     for name in names:
@@ -283,17 +285,6 @@ def check_targets(base: Base, target_modules: str | list[str]) -> None:
     if not names:
         raise UserError("expected all-linear or at least one name, got none", option="model.target_modules")
 
-
-def check_rank(base: Base, rank: int) -> None:
-    """Check that LoRA is not larger than the layers themselves.
-
-    Args:
-        base: to be trained.
-        rank: of LoRA.
-
-    Raises:
-        UserError: it is above the base's hidden size.
-    """
     hidden = base.shape.hidden
     require(rank <= hidden, "model.rank", f"at most {hidden:,}, the hidden size of {base.name}", rank)
 

@@ -25,14 +25,7 @@ from lit_qlora.model.fingerprint import ORIGINAL, fingerprint, shown, write_orig
 from lit_qlora.model.load import nf4, quantise, read_tensor
 from lit_qlora.model.weights import BUFFER, check_weights, fetch, is_linear, stored_tensors
 from lit_qlora.storage.files import free_bytes, parse_json, size
-from lit_qlora.storage.folders import (
-    ABANDONED_S,
-    MANIFEST,
-    DamagedFolderError,
-    clear_leftovers,
-    verify_folder,
-    write_folder,
-)
+from lit_qlora.storage.folders import MANIFEST, DamagedFolderError, clear_leftovers, verify_folder, write_folder
 from lit_qlora.storage.shards import write_shards
 from lit_qlora.storage.shared import Held, prune, remove_unused
 
@@ -137,7 +130,7 @@ class Copies:
     def _prune(self, new: Path) -> str:
         """Make room for a ``new`` copy: at most `KEPT` stay, besides those in use. Return the removed, in words."""
         assert self.root is not None
-        clear_leftovers(self.root, ABANDONED_S)
+        clear_leftovers(self.root, shared=True)
         copies = [path for path in self.root.iterdir() if _COPY.fullmatch(path.name) and (path / ORIGINAL).is_file()]
         removed = prune((path for path in copies if path != new), most=KEPT - 1)
         gone = [f"{path.name} ({size(taken)})" for path, taken in removed.items()]

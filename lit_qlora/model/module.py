@@ -26,7 +26,7 @@ from lit_qlora.devices.world import is_first, local_first
 from lit_qlora.errors import UserError, require
 from lit_qlora.model import load, lora, script
 from lit_qlora.model.architectures import LINEARS
-from lit_qlora.model.base import Base, check_context, check_rank, check_targets, find_base, split_names
+from lit_qlora.model.base import Base, check_context, check_lora, find_base, split_names
 from lit_qlora.model.checkpointing import Checkpointing, checkpoint_layers
 from lit_qlora.model.copies import Copies
 from lit_qlora.model.decoder import why_not
@@ -143,8 +143,7 @@ class QLoRAModule(LearnsInParts):
         self.base: Base = find_base(base, weights=device.is_here)
         self._given_base = self.base
         target_modules = split_names(target_modules)
-        check_targets(self.base, target_modules)
-        check_rank(self.base, rank)
+        check_lora(self.base, rank, target_modules)
         self.adapter = Path(adapter) if adapter else None
         self.lora = lora.Lora(rank, alpha, dropout, target_modules, rslora, dora)
         self.learning_rate, self.weight_decay = learning_rate, weight_decay

@@ -28,7 +28,7 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS, RESULT = "adapter_config.json", "adapter_model.
 """The files of an adapter: peft's two, and the step and held-out figures of one that a run saved."""
 VERSION = 1
 ABANDONED_S = 86_400
-"""Seconds after which an unfinished folder counts as left by a kill where several processes write."""
+"""Seconds after which an unfinished folder counts as left by a kill, even where several processes write."""
 _LEFTOVER = re.compile(r"\.(?P<target>.+)\.(?P<kind>old|tmp|gone)-\d+-[0-9a-f]{8}")
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 """How a URL begins: pathlib makes "https:/…" of "https://…"; a single letter before the colon is a Windows drive."""
@@ -182,17 +182,17 @@ def recover(target: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def clear_leftovers(parent: Path, older_than_s: float = 0.0) -> None:
+def clear_leftovers(parent: Path, *, shared: bool = False) -> None:
     """Remove what killed writes and deletions left in a folder; a replaced folder is recovered first.
 
     Args:
         parent: where they stand.
-        older_than_s: in seconds; with several writers, a younger one may belong to another process.
+        shared: True where several processes write: what is younger than `ABANDONED_S` may be another's.
     """
     # Sorted, "old" comes before "tmp": a whole new folder is put in place before it could be removed.
     for path in sorted(parent.iterdir()) if parent.is_dir() else []:
         match = _LEFTOVER.fullmatch(path.name)
-        if not match or not _is_older(path, older_than_s):
+        if not match or (shared and not _is_abandoned(path)):
             continue
         if match["kind"] == "old":
             recover(parent / match["target"])
@@ -200,9 +200,9 @@ def clear_leftovers(parent: Path, older_than_s: float = 0.0) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _is_older(path: Path, seconds: float) -> bool:
+def _is_abandoned(path: Path) -> bool:
     try:
-        return not seconds or time.time() - path.stat().st_mtime > seconds
+        return time.time() - path.stat().st_mtime > ABANDONED_S
     except FileNotFoundError:  # another process was quicker
         return False
 

@@ -12,7 +12,7 @@ from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from lit_qlora.errors import UserError
 from lit_qlora.model import lora
-from lit_qlora.model.base import check_targets
+from lit_qlora.model.base import check_lora
 from lit_qlora.model.fingerprint import fingerprint, shown
 from lit_qlora.model.lora import adapter_parameters, load_adapter, read_format, read_record
 from tests.model.test_load import DTYPES, LINEARS, linears_4bit, logits
@@ -62,7 +62,7 @@ def test_rslora_scales_by_the_root_of_the_rank(make_model):
 
 def test_targets_that_exist(tiny):
     for targets in ("all-linear", "q_proj", ["q_proj", "down_proj"]):
-        check_targets(tiny, targets)
+        check_lora(tiny, 4, targets)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_targets_that_exist(tiny):
     ],
 )
 def test_targets_that_do_not_exist(tiny, targets, option, words, expect_error):
-    expect_error(lambda: check_targets(tiny, targets), *words, option=option)
+    expect_error(lambda: check_lora(tiny, 4, targets), *words, option=option)
 
 
 # Saving

@@ -30,7 +30,7 @@ from lit_qlora.forecast import words
 from lit_qlora.forecast.cards import find_card
 from lit_qlora.forecast.foresee import Forecast, Rows, guanaco_lengths
 from lit_qlora.model.lora import Lora
-from lit_qlora.model.shape import LLAMA_2, Shape
+from lit_qlora.model.shape import LLAMA_2_SIZES, Shape
 
 ROWS, LONGEST, TOKENS, PER_MACHINE = 9846, 1024, 2048, 8
 CARDS = (8, 32, 128, 1024)
@@ -64,7 +64,7 @@ class Found(NamedTuple):
 def forecast(gpu: str) -> Forecast:
     """Of one card."""
     return Forecast(
-        shape=Shape.of(LLAMA_2["7b"]), card=find_card(gpu), rows=Rows(guanaco_lengths(ROWS)),
+        shape=Shape.of(LLAMA_2_SIZES["7b"]), card=find_card(gpu), rows=Rows(guanaco_lengths(ROWS)),
         lora=Lora(16, 16, 0.0, "all-linear", False, False), precision="bf16-mixed",
         plan=BatchPlan(4, TOKENS), max_length=LONGEST,
     )  # fmt: skip

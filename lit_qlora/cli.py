@@ -14,14 +14,14 @@ from pathlib import Path
 from lit_qlora import __version__
 from lit_qlora.console import complain, prepare, say_imports
 from lit_qlora.devices import starting
-from lit_qlora.devices.mistakes import report
+from lit_qlora.devices.mistakes import report_once
 from lit_qlora.devices.world import world
 from lit_qlora.errors import SecretError, UserError, cut, excerpt, nearest
 from lit_qlora.place import CLONE, COMMAND, INSTALL
 from lit_qlora.secrecy import holds_secret, redact
 from lit_qlora.signals import leave_in_one_line, nothing_open
 from lit_qlora.storage.files import SaveError
-from lit_qlora.text.conversation import HALF, is_whole
+from lit_qlora.text.conversation import HALF, is_encodable
 
 TRAINERS = ("fit", "validate", "test")
 """The verbs that several processes can run together."""
@@ -85,17 +85,17 @@ def main(args: Sequence[str] | None = None) -> int:
         with leave_in_one_line(resumes=args[:1] in (["fit"], ["predict"], ["push"]), ends_process=is_own):
             return _run(args)
     except UserError as error:
-        report(error)
+        report_once(error)
         return 2
     except SaveError as error:
-        report(redact(str(error)))
+        report_once(redact(str(error)))
         return 1
     except UnicodeEncodeError as error:  # of a name: what is printed is prepared, and files are UTF-8
-        report(f"{error.object!a} can't be a name here ({error.encoding}): set LC_ALL=C.UTF-8")
+        report_once(f"{error.object!a} can't be a name here ({error.encoding}): set LC_ALL=C.UTF-8")
         return 2
     except Exception as error:
         if problem := _of_a_path(error):
-            report(problem)
+            report_once(problem)
             return 2
         from lit_qlora.tools.doctoring.surroundings import missing
 
@@ -105,7 +105,7 @@ def main(args: Sequence[str] | None = None) -> int:
         what = f"not installed for {sys.executable}: {', '.join(names)}"
         activate = CLONE / ".venv" / "bin" / "activate" if CLONE else None
         is_elsewhere = activate and activate.is_file() and Path(sys.prefix).resolve() != activate.parents[1].resolve()
-        report(f"{what}; {f'. {activate}, or ' if is_elsewhere else ''}{INSTALL}, or take the Python that has it")
+        report_once(f"{what}; {f'. {activate}, or ' if is_elsewhere else ''}{INSTALL}, or take the Python that has it")
         return 2
 
 
@@ -154,7 +154,7 @@ def check_texts(args: Sequence[str], are_kept: bool = True) -> None:
     for arg in args:
         option, _, value = arg.partition("=") if arg.startswith("--") else ("", "", arg)
         name = option.removeprefix("--") or name
-        if not is_whole(arg):
+        if not is_encodable(arg):
             raise UserError(f"it {HALF}, got {cut(ascii(arg))}", option=name, remedy="convert it")
         if are_kept and holds_secret(name, value):
             raise SecretError(name)
@@ -221,6 +221,6 @@ def _run_fit_or_kin(verb: str, args: list[str]) -> int:
             module = import_module(FIT_AND_KIN[verb])
         return int(module.main(command))
     except starting.SeveralAsked as several:  # each of them comes here again
-        return starting.run(args, several.args[0])
+        return starting.run_several(args, several.args[0])
     except SystemExit as stop:  # a signal
         return int(stop.code or 0)

@@ -20,7 +20,7 @@ from lit_qlora.data.templates import is_template
 from lit_qlora.errors import UserError, excerpt, require
 from lit_qlora.options import (
     CONFIG,
-    HELP,
+    SEE_HELP,
     configs_first,
     did_you_mean,
     known_as,
@@ -36,7 +36,7 @@ from lit_qlora.storage.run import RunFolder, lies_in_run, named_folder, open_run
 ELSEWHERE = {"mirror": "null", "model.quantized_cache": "auto"}
 """Options that name a folder outside of the run, to be written and tidied; and the value for none of one's own."""
 
-REMEDY = "put that line right, or take it out"
+CONFIG_REMEDY = "put that line right, or take it out"
 """The remedy for a run's own config.yaml."""
 
 
@@ -116,7 +116,7 @@ def plain_options(options: Mapping[str, Any], place: Path, verb: str = "fit") ->
             if known_as(name, OF_LIGHTNING) or _is_elsewhere(name, value):
                 continue
             if known_as(name, known) is None or "+" in name:
-                remedy = f"{did_you_mean(name, [*known]) or HELP}; {REMEDY}"
+                remedy = f"{did_you_mean(name, [*known]) or SEE_HELP}; {CONFIG_REMEDY}"
                 raise UserError(f"unknown option {excerpt(name)}", remedy=remedy)
             given[name] = value
         parser = parser_of(tuple(known.values()))
@@ -177,7 +177,7 @@ def check_same_run(
         raise another_run(run, others)
 
 
-def another_run(run: RunFolder, changes: list[settings.Change]) -> UserError:
+def another_run(run: RunFolder, changes: list[settings.ChangedSetting]) -> UserError:
     """The error for ``changes`` of settings that would make it another run than ``run``."""
     problem = f"{run.path} was started with other settings: {'; '.join(map(str, changes))}"
     return UserError(problem, option="run", remedy="give --run NAME to start another run")
@@ -218,7 +218,7 @@ def _as_plain(options: Mapping[str, Any], place: Path, args: list[str]) -> str:
     template = kept.get("data.template")
     if template is not None and not is_template(template):
         problem = f"expected the text of a template, got {excerpt(template)}"
-        raise UserError(problem, option="data.template", place=place, remedy=REMEDY)
+        raise UserError(problem, option="data.template", place=place, remedy=CONFIG_REMEDY)
     for name, value in options.items():
         of_class = known_as(name, OF_LIGHTNING)
         if of_class == name and (value is None or isinstance(value, bool)):

@@ -17,10 +17,10 @@ from lit_qlora.secrecy import holds_secret
 from lit_qlora.storage.config_file import NoReferences, problem_of
 from lit_qlora.storage.files import NO_VALUE, decoded
 from lit_qlora.storage.run import RunFolder
-from lit_qlora.text.conversation import HALF, is_whole
+from lit_qlora.text.conversation import HALF, is_encodable
 
 _QUOTE = "put quotes around the value"
-REMEDIES = (
+YAML_REMEDIES = (
     (r"\0\t", "indent with spaces, not with tabs"),
     (r"\0:", f"{_QUOTE}, if ': ' is in it, or indent the line as those before it"),
     (r"\0[@`%*]|\*\0", _QUOTE),
@@ -72,7 +72,7 @@ def check_config_file(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoade
         mark = getattr(error, "problem_mark", None)  # of a character that YAML can't hold there is a position alone
         line = mark.line + 1 if mark else text[: getattr(error, "position", 0)].count("\n") + 1
         around = f"{text[: mark.index]}\0{text[mark.index :]}" if mark else ""
-        remedy = next((remedy for pattern, remedy in REMEDIES if re.search(pattern, around)), None)
+        remedy = next((remedy for pattern, remedy in YAML_REMEDIES if re.search(pattern, around)), None)
         raise UserError(f"no valid YAML: {problem_of(error)}", place=f"{path}:{line}", remedy=remedy) from error
     if root is None:
         raise UserError("the file is empty", place=path)
@@ -83,7 +83,7 @@ def check_config_file(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoade
         place = f"{path}:{node.start_mark.line + 1}"
         if holds_secret(name, node.value):
             raise SecretError(name, place)
-        if not is_whole(node.value):
+        if not is_encodable(node.value):
             raise UserError(f"it {HALF}", option=name, place=place)
     for line, problem in _problems(root):
         raise UserError(problem, place=f"{path}:{line}")

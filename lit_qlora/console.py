@@ -28,13 +28,13 @@ WIDTH = 80
 ROOM = 3
 """Columns behind a progress bar, for the ``^C`` that a terminal writes there: a longer line would wrap."""
 
-REMEDY = "    -> "
+REMEDY_MARK = "    -> "
 """What a remedy on a line of its own begins with; texts of errors are indented as much."""
 
 QUOTED = r"""(?<![\w'])'[^']*'(?![\w'])|(?<![\w"])"[^"]*"(?![\w"])"""
 OPTION = rf"--[\w.]+\+?(?:[= ](?!-)(?:{QUOTED}|[^\s;,)]+))?"
 COMMANDS = rf"(?:{re.escape(COMMAND)}|pip install)(?: (?!-)[\w./\[\]-]+)?(?: {OPTION}| -\w [\w./-]+)*|{OPTION}"
-WHOLE = re.compile(rf"(?P<command>{COMMANDS}|iconv [^;()]+ > \S+(?<!\)))|{QUOTED}")
+UNBROKEN = re.compile(rf"(?P<command>{COMMANDS}|iconv [^;()]+ > \S+(?<!\)))|{QUOTED}")
 """What stays on one line, to be copied: a command, an option with its value, and what is quoted, if that is short."""
 
 
@@ -194,7 +194,7 @@ def complain(what: str | UserError, mark: str = "") -> None:
     shown = fitted(line, sys.stderr, error.place)
     if error.remedy and shown != line:
         problem = fitted(f"{mark}{error.said}", sys.stderr, error.place)
-        shown = f"{problem}\n{fitted(f'{REMEDY}{error.remedy}', sys.stderr)}"
+        shown = f"{problem}\n{fitted(f'{REMEDY_MARK}{error.remedy}', sys.stderr)}"
     print(shown, file=sys.stderr, flush=True)
 
 
@@ -239,7 +239,7 @@ def _in_lines(line: str, columns: int, indent: int) -> str:
     """``line`` in lines of ``columns``, from the second on behind ``indent`` spaces."""
     if len(line) <= columns:
         return line
-    line = WHOLE.sub(
+    line = UNBROKEN.sub(
         lambda found: _unbroken(found[0]) if found["command"] or len(found[0]) <= columns - indent else found[0], line
     )
     lines = textwrap.wrap(line, columns, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)

@@ -21,7 +21,7 @@ from lit_qlora.errors import UserError, cut, excerpt, meant, nearest, one_line
 
 CONFIG = ("--config", "-c")
 """Spellings of the option for config files."""
-HELP = "the accepted ones are listed by --help"
+SEE_HELP = "the accepted ones are listed by --help"
 BARE = {
     "data.source": "give a file of rows as --data.source FILE; ",
     "prompt": "give a question as --prompt 'QUESTION'; ",
@@ -278,7 +278,7 @@ def _mistake(message: str, names: list[str]) -> UserError:
             one_value = "an option takes one value, such as '[a.jsonl, b.jsonl]' or a pattern in quotes"
             bare = next((remedy for option, remedy in BARE.items() if option in names), "")
             return UserError(f"{excerpt(name)} is the value of no option", remedy=f"{bare}{one_value}")
-        return UserError(f"unknown option {excerpt(name)}", remedy=remedy or HELP)
+        return UserError(f"unknown option {excerpt(name)}", remedy=remedy or SEE_HELP)
     section = _SECTION.search(message)
     return no_option(section[1], section[2], names) if section else UserError(one_line(message))
 
@@ -286,7 +286,7 @@ def _mistake(message: str, names: list[str]) -> UserError:
 def no_option(section: str, value: str, names: Sequence[str]) -> UserError:
     """The error for ``value`` given to a ``section`` of the options ``names``."""
     what = f"is no option but a section of them, got {excerpt(value)}"
-    return UserError(what, option=section, remedy=here(section, [*names]) or HELP)
+    return UserError(what, option=section, remedy=here(section, [*names]) or SEE_HELP)
 
 
 def _point(expected: str, value: str) -> str | None:

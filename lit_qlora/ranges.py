@@ -46,7 +46,7 @@ def _is_folder(value: str) -> bool:
     return _is_named(value) and "://" not in value
 
 
-LIMIT = "a whole number of micro-batches, or a share up to 1.0"
+LIMIT_WORDS = "a whole number of micro-batches, or a share up to 1.0"
 
 RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
@@ -82,8 +82,8 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "a whole number of micro-batches, or a share of an epoch up to 1.0",
         lambda value: isinstance(value, int) or value <= 1, "trainer.val_check_interval",
     ),
-    (LIMIT, _is_limit, "trainer.limit_train_batches trainer.limit_test_batches"),
-    (LIMIT, lambda value: value == 0 or _is_limit(value), "trainer.limit_val_batches"),
+    (LIMIT_WORDS, _is_limit, "trainer.limit_train_batches trainer.limit_test_batches"),
+    (LIMIT_WORDS, lambda value: value == 0 or _is_limit(value), "trainer.limit_val_batches"),
     ("a number from 1, auto, or a list of GPUs' numbers", _are_devices, "trainer.devices"),
     ("a row's number, or FILE:NUMBER", lambda value: bool(re.search(r"(^|[: ])\d+$", value)), "row"),
     (

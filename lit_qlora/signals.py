@@ -175,10 +175,10 @@ def say_stopped(number: int) -> None:
     if os.environ.get("RANK", "0") != "0":  # of several processes, the first does
         return
     then = "; given again, the same command resumes from what is saved" if _resumes[0] else ""
-    print_now(f"stopped by {name_of(number)}{then}", sys.stderr)
+    print_now(f"stopped by {signal_name(number)}{then}", sys.stderr)
 
 
-def name_of(number: int) -> str:
+def signal_name(number: int) -> str:
     """The common name of the signal ``number``: Ctrl-C, SIGTERM."""
     return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 

@@ -37,7 +37,7 @@ OBSERVING = ("DeviceStatsMonitor", "EarlyStopping", "LambdaCallback", "LearningR
              "RichModelSummary", "Timer")  # fmt: skip
 """Lightning's callbacks that may be given: the others are refused, whatever their arguments."""
 
-PLAIN = {"str": str, "int": int, "float": float, "bool": bool, "None": NoneType}
+PLAIN_TYPES = {"str": str, "int": int, "float": float, "bool": bool, "None": NoneType}
 UNKNOWN = object()
 """Stands for a type or a value that can't be read off the sources."""
 ONE = Union[dict, str, int, float, bool, None]  # type: ignore[type-arg]  # noqa: UP007
@@ -76,7 +76,7 @@ OF_RUN = (
 """The options beside any class's, of all verbs."""
 _SCORED = (Option("ckpt_path", None, "best", "what to score: best | last | base | an adapter or checkpoint folder"),)
 """Without a type: the command line alone gives it, and no file of a run."""
-OWN: Mapping[str, tuple[Option, ...]] = {
+OF_VERB: Mapping[str, tuple[Option, ...]] = {
     "validate": _SCORED,
     "test": _SCORED,
     "plan": (
@@ -99,7 +99,7 @@ OWN: Mapping[str, tuple[Option, ...]] = {
 def options_of(verb: str) -> tuple[Option, ...]:
     """The options of ``verb``: those beside any section first."""
     of_classes = [option for one in CLASSES for option in _arguments(*one)]
-    found = (SEED, *OF_RUN, *OWN.get(verb, ()), *of_classes)
+    found = (SEED, *OF_RUN, *OF_VERB.get(verb, ()), *of_classes)
     return tuple(option for option in found if option.name not in LINKED)
 
 
@@ -149,7 +149,7 @@ def arguments_of(option: str, name: str) -> tuple[list[Option], list[str], bool]
     """
     file = _lightning().parents[1] / f"{classes_for(option)[name].replace('.', '/')}.py"
     try:
-        source = Source(file)
+        source = ModuleSource(file)
         init, words = source.constructor(name)
     except (OSError, StopIteration):  # a package, or no constructor of its own
         return None
@@ -161,7 +161,7 @@ def arguments_of(option: str, name: str) -> tuple[list[Option], list[str], bool]
     return options, [one for one, _, default in found if default is None], init.args.kwarg is not None
 
 
-class Source:
+class ModuleSource:
     """A module as text, with the names that stand for plain types and values in it.
 
     Args:
@@ -210,14 +210,14 @@ class Source:
                 found = NoneType
             case ast.Name(name):
                 place, given = self._assigned(name)
-                found = PLAIN.get(name) or (place.type(given) if place else UNKNOWN)
+                found = PLAIN_TYPES.get(name) or (place.type(given) if place else UNKNOWN)
         return found
 
     def _of_types(self, kind: Any, *nodes: ast.expr) -> Any:
         parts = tuple(map(self.type, nodes))
         return UNKNOWN if UNKNOWN in parts else kind[parts if len(parts) > 1 else parts[0]]
 
-    def _assigned(self, name: str) -> tuple["Source", ast.expr] | tuple[None, None]:
+    def _assigned(self, name: str) -> tuple["ModuleSource", ast.expr] | tuple[None, None]:
         """What a name is given in this module, or in the one of ours that it comes from."""
         for node in self.tree.body:
             if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == [name]:
@@ -226,7 +226,7 @@ class Source:
                 found = next((alias.name for alias in node.names if name == (alias.asname or alias.name)), None)
                 file = ROOT.parent / f"{(node.module or '').replace('.', '/')}.py" if found else None
                 if found and file and file.is_file():
-                    return Source(file)._assigned(found)
+                    return ModuleSource(file)._assigned(found)
         return None, None
 
 
@@ -237,12 +237,12 @@ def _parsed(file: Path) -> ast.Module:
 
 def _arguments(section: str, file: str, name: str) -> list[Option]:
     """The arguments of a class of ours, and for ``**kwargs`` those of Lightning's Trainer, which it is made from."""
-    source = Source(ROOT / file)
+    source = ModuleSource(ROOT / file)
     init, words = source.constructor(name)
     constructors, left_out, found = [(source, init)], set[str](), dict[str, Option]()
     if init.args.kwarg:
         left_out = {*source.value(source._assigned("NOT_OFFERED")[1])}
-        base = Source(_lightning() / "trainer" / "trainer.py")
+        base = ModuleSource(_lightning() / "trainer" / "trainer.py")
         init, of_base = base.constructor("Trainer")
         constructors, words = [*constructors, (base, init)], of_base | words
     for place, init in constructors:

@@ -20,7 +20,7 @@ from lit_qlora.model.base import Base, missing_bytes
 from lit_qlora.model.copies import Copies
 from lit_qlora.model.device import choose_precision, current_device
 from lit_qlora.model.fingerprint import fingerprint
-from lit_qlora.model.lora import Lora, digest, read_weights
+from lit_qlora.model.lora import Lora, read_weights, weights_digest
 from lit_qlora.model.lora_config import require_adapter
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.storage import settings
@@ -84,7 +84,7 @@ def _another(
 
 def _unlike_checkpoint(
     run: RunFolder, first: Mapping[str, Any], config: Mapping[str, Any], base: Base
-) -> list[settings.Change]:
+) -> list[settings.ChangedSetting]:
     """The changes of settings with which the run's newest checkpoint can't resume."""
     changes = [change for change in settings.differences(first, config) if change.name in BY_CHECKPOINT]
     record = _record(run) if changes else {}
@@ -97,7 +97,7 @@ def _matters(name: str, run: RunFolder, record: Mapping[str, Any], config: Mappi
         return not record or record["base"] != fingerprint(base)
     if name == "model.adapter":
         adapter = config["model"]["adapter"]
-        return not record or record["adapter"] != (digest(Path(adapter)) if adapter else None)
+        return not record or record["adapter"] != (weights_digest(Path(adapter)) if adapter else None)
     if not record:
         return False
     if name == "trainer.precision":

@@ -63,7 +63,7 @@ NO_PLUGINS: Mapping[type, str] = {
 }
 
 
-GIVEN: Mapping[type, str] = {
+OPTION_OF_CLASS: Mapping[type, str] = {
     Callback: "trainer.callbacks",
     Logger: "trainer.logger",
     ClusterEnvironment: "trainer.plugins",
@@ -120,7 +120,7 @@ class RunParser(OneLineErrors, LightningArgumentParser):
                 failed.append(UserError(f"{kind.__name__} can't be made: {one_line(error)}", option=option))
                 raise
 
-        makers = [(partial(make, option=option), kind, True) for kind, option in GIVEN.items()]
+        makers = [(partial(make, option=option), kind, True) for kind, option in OPTION_OF_CLASS.items()]
         try:
             return super().instantiate_classes(cfg, instantiators=makers, **kwargs)
         except ValueError as error:  # of all types that the option may have

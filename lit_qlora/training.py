@@ -70,7 +70,7 @@ from lit_qlora.options import CONFIG, LINKED, option, plain
 from lit_qlora.quiet import quieten
 from lit_qlora.ranges import check_ranges, check_scored, max_time_s
 from lit_qlora.signals import WARNING, LeftAtOnce
-from lit_qlora.signatures import LEARNING, OF_RUN, OWN, SEED, Option
+from lit_qlora.signatures import LEARNING, OF_RUN, OF_VERB, SEED, Option
 from lit_qlora.storage.checkpoint_io import FolderCheckpointIO, check_checkpoint
 from lit_qlora.storage.config_file import as_yaml, flat
 from lit_qlora.storage.files import size
@@ -135,7 +135,7 @@ class QLoRACLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options beside the model's, the data's and the Trainer's."""
-        for one in (*OF_RUN, *OWN.get(self.verb, ())):
+        for one in (*OF_RUN, *OF_VERB.get(self.verb, ())):
             _add(parser, one)
         parser.add_lightning_class_args(SampleAnswers, "samples")
         for target, source in LINKED.items():
@@ -374,7 +374,7 @@ class QLoRACLI(LightningCLI):
             self.trainer.fit(model, datamodule=datamodule, ckpt_path=self.resume_from)
         except (OutOfRoomError, torch.OutOfMemoryError) as error:
             forecast = foresee(model, datamodule, self.trainer)
-            for line in words.lines(forecast) if forecast else ():
+            for line in words.forecast_lines(forecast) if forecast else ():
                 tell(f"  plan  {line}")
             if not isinstance(error, OutOfRoomError):
                 change = "--samples.count 0 or --model.checkpointing full, with which this run resumes"

@@ -60,7 +60,7 @@ MATTER = (
 FOR_SCORES = ("run", "data.source", "data.test_source", "data.max_length", "data.batch_size", "trainer.precision")
 """Options that matter for the verbs that score."""
 
-FLAG = object()
+WITHOUT_VALUE = object()
 """Stands for the type of an option that needs no value."""
 
 SECTIONS = {"": "The run", "model": "Model", "data": "Data", "trainer": "Training", "samples": "Sample answers"}
@@ -128,7 +128,7 @@ def _of_class(option: str, one: Option, needed: Sequence[str]) -> Option:
     return one._replace(name=f"{option}.{one.name}", help=words)
 
 
-CONFIG = Option("config", str, None,
+CONFIG_OPTION = Option("config", str, None,
                 "YAML with options, which replace the defaults shown here: a file, or the name of one that comes with "
                 "lit-qlora, as in configs/; fit's default: demo")  # fmt: skip
 
@@ -145,13 +145,13 @@ def help_of(verb: str, asked: str) -> str:
     if asked == "all":
         for section, title in SECTIONS.items():
             found = [option for option in options.values() if option.name.rpartition(".")[0] == section]
-            lines += ["", f"{title}:", *_lines([CONFIG, *found] if not section else found)]
+            lines += ["", f"{title}:", *_lines([CONFIG_OPTION, *found] if not section else found)]
         words = "A class, such as a logger, is given by name, and its arguments as --trainer.logger.NAME VALUE."
         lines += ["", *textwrap.wrap(words, WIDTH)]
     else:
         shown = _shown(verb, options)
         lines += ["", f"options ({len(shown) + 1} of {len(options) + 1}; --help=all lists them all):"]
-        lines += _lines([CONFIG, *(options[name] for name in shown)])
+        lines += _lines([CONFIG_OPTION, *(options[name] for name in shown)])
     return "\n".join(lines) + "\n"
 
 
@@ -168,7 +168,7 @@ def help_of_tool(verb: str, title: str, actions: Sequence[Any]) -> str:
     for action in actions:
         is_flag = action._typehint is bool and action.default is False
         words = f"{_words(action.help)} (required)" if action.required else action.help
-        options.append(Option(action.dest, FLAG if is_flag else action._typehint, action.default, words))
+        options.append(Option(action.dest, WITHOUT_VALUE if is_flag else action._typehint, action.default, words))
     return "\n".join([*_head(verb, needed, title), "", "options:", *_lines(options)]) + "\n"
 
 
@@ -199,7 +199,7 @@ def _lines(options: list[Option]) -> Iterator[str]:
         left = f"  --{option.name} {_value(option)}".rstrip()
         default = (
             ""
-            if option.type is FLAG or option.default in (None, UNKNOWN, "", ()) or option.name == "config"
+            if option.type is WITHOUT_VALUE or option.default in (None, UNKNOWN, "", ()) or option.name == "config"
             else f" ({_plain(option.default)})"
         )
         words = textwrap.wrap(_words(option.help) + default, WIDTH - 36)
@@ -220,7 +220,7 @@ def _words(text: str) -> str:
 
 def _value(option: Option) -> str:
     """The kind of value to give, in a word."""
-    if option.type is FLAG:
+    if option.type is WITHOUT_VALUE:
         return ""
     kinds = [option.type, *get_args(option.type)]
     choices = [one for kind in kinds if get_origin(kind) is Literal for one in get_args(kind)]

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from lit_qlora.batch import Batch
 from lit_qlora.figures.lines import read_lines
-from lit_qlora.figures.tensorboard import HELD_OUT, TRAINING
+from lit_qlora.figures.tensorboard import HELD_OUT_FOLDER, TRAINING_FOLDER
 from lit_qlora.storage.run import RunFolder
 from lit_qlora.storage.state import load_state
 
@@ -156,7 +156,7 @@ def result(run: Path) -> dict[str, Any]:
         found[f"adapter/{file.name}"] = hashlib.sha256(content).hexdigest()
     found |= _flat(load_state(kept.checkpoint(kept.saved_steps()[-1])), "last checkpoint")
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of each file that goes on behind another
-    for part in (TRAINING, HELD_OUT):
+    for part in (TRAINING_FOLDER, HELD_OUT_FOLDER):
         curves = EventAccumulator(str(run / part), size_guidance={"tensors": 0}).Reload()
         for tag in curves.Tags()["tensors"]:
             if not CLOCK.match(tag):

@@ -246,3 +246,30 @@ def test_a_public_class_says_what_its_arguments_are(path: Path) -> None:
             own = re.split(r"\n\n?(?=\w)", words)[0]
             said = {*re.findall(r"^    (\w+): ", own, re.MULTILINE)}
             assert given == (said & given if made.args.kwarg else said), node.name
+
+
+SEVERAL = {
+    "T": "a type variable, which has no meaning beyond its function",
+    "main": "what a verb does after LightningCLI has parsed its options, and the command itself",
+    "parse": "the parser of a form of rows, called with its module",
+}
+"""Public names that several modules have, and why."""
+
+
+def _named(tree: ast.Module) -> set[str]:
+    """The functions, classes and values of a module."""
+    made = (node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef))
+    assigned = (node for node in tree.body if isinstance(node, ast.Assign | ast.AnnAssign))
+    targets = (node.targets if isinstance(node, ast.Assign) else [node.target] for node in assigned)
+    return {*made, *(one.id for each in targets for target in each for one in ast.walk(target) if hasattr(one, "id"))}
+
+
+def test_a_public_name_means_one_thing() -> None:
+    owners: dict[str, list[str]] = {}
+    for path in MODULES:
+        for name in _named(ast.parse(path.read_text())):
+            owners.setdefault(name, []).append(str(path.relative_to(ROOT)))
+    several = {name for name, where in owners.items() if len(where) > 1 and not name.startswith("_")}
+    wrong = [f"{name} is in {' and in '.join(owners[name])}" for name in sorted(several - {*SEVERAL})]
+    assert not wrong, f"{'; '.join(wrong)}: say in one of them what it is there, or import it"
+    assert {*SEVERAL} <= several

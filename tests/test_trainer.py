@@ -99,7 +99,7 @@ def test_the_command_looks_at_the_cards_before_it_starts_processes(
     kinds = [(7, 5), (8, 9)]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: kinds[gpu])
     monkeypatch.setattr(training, "find_gpus", lambda *_: [0, 1])
-    monkeypatch.setattr(training.starting, "run", lambda *_: pytest.fail("started"))
+    monkeypatch.setattr(training.starting, "run_several", lambda *_: pytest.fail("started"))
     monkeypatch.setattr("lit_qlora.precheck.check_first", lambda *_: 1)
     options = ["fit", "--trainer.devices", "auto", "--trainer.accumulate_grad_batches", "2"]
     expect_error(options, "GPU 0 is of 7.5, GPU 1 of 8.9", option="trainer.devices")

@@ -21,7 +21,7 @@ from lit_qlora.callbacks.steps import StepCallback, agree_to_stop, begin_epoch, 
 from lit_qlora.callbacks.throughput import Throughput
 from lit_qlora.callbacks.validation import held_out_figures
 from lit_qlora.console import tell
-from lit_qlora.data.chat_template import PROBES, check_template
+from lit_qlora.data.chat_template import PROMPT_PROBES, check_template
 from lit_qlora.devices.strategy import is_on_edge
 from lit_qlora.devices.world import any_of, by_first, is_first
 from lit_qlora.errors import UserError
@@ -258,7 +258,7 @@ class RunCheckpoints(StepCallback, Needs):
             return
         self._has_checked_tokenizer = True
         try:
-            check_template(folder, data.encoder, PROBES)
+            check_template(folder, data.encoder, PROMPT_PROBES)
         except UserError as error:
             tell(
                 f"warning: of some conversations, other programs make other prompts with the tokenizer in "

@@ -20,7 +20,7 @@ from lit_qlora.storage.checkpoint_io import RUN
 from lit_qlora.storage.state import load_state
 from lit_qlora.wording import number_of
 
-REMEDY = {
+IDENTITY_REMEDIES = {
     "base": "give that base with --model.base",
     "adapter": "give with --model.adapter the one that the run began with, or a copy of it",
     "tokenizer": "give a base with that tokenizer",
@@ -134,7 +134,7 @@ class RunIdentity(Callback):
 def _record(checkpoint: dict[str, Any], folder: object) -> dict[str, Any]:
     """The record of the run in ``checkpoint``, from ``folder``. Raises UserError if it is incomplete."""
     found = checkpoint[RUN]
-    missing = {*REMEDY, "base_name", "steps"} - {*(found if isinstance(found, dict) else ())}
+    missing = {*IDENTITY_REMEDIES, "base_name", "steps"} - {*(found if isinstance(found, dict) else ())}
     if missing:
         raise UserError(
             f"{folder} was altered: its record of the run has no {min(missing)}",
@@ -163,7 +163,7 @@ def _describe_data(trainer: Trainer) -> dict[str, Any]:
 
 def _compare(was: dict[str, Any], now: dict[str, Any], changes: Callable[[], Mapping[str, str]] = dict) -> None:
     """Raises UserError for the first part of ``now`` that was another one; ``changes`` has words for some parts."""
-    for part, remedy in REMEDY.items():
+    for part, remedy in IDENTITY_REMEDIES.items():
         if part in now and was[part] != now[part]:
             raise UserError(
                 f"its {part.replace('_', ' ')} changed: "
@@ -176,6 +176,6 @@ def _compare(was: dict[str, Any], now: dict[str, Any], changes: Callable[[], Map
 def _in_words(part: str, record: dict[str, Any]) -> str:
     value = str(record[part])
     if part == "base":
-        return f"{record['base_name']} ({fingerprint.shown(value)})"
+        return f"{record['base_name']} ({fingerprint.short(value)})"
     *words, digits = value.split()
     return " ".join([*words, digits[: fingerprint.SHOWN_DIGITS]]) if len(digits) == 64 else value

@@ -95,7 +95,7 @@ class Report(Callback):
         forecast = foresee(module, data, trainer)
         if forecast:
             self.forecast_gib = step_memory(forecast.step).reserved / GIB
-            for line in words.lines(forecast):
+            for line in words.forecast_lines(forecast):
                 self._say("plan", line)
         self._say("run", f"{self.run.path}" + _resumed_in_words(self.resumed_from, module.device.type == "cuda"))
         self._keep_decisions({})

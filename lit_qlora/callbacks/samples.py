@@ -15,7 +15,7 @@ from lit_qlora.arguments import checked_arguments
 from lit_qlora.callbacks.record import record, record_of
 from lit_qlora.console import passing_bar
 from lit_qlora.errors import UserError, require
-from lit_qlora.figures.samples import CONTEXT, LIMIT, SampleAnswer, counts, line, table
+from lit_qlora.figures.samples import CUT, CUT_BY_CONTEXT, SampleAnswer, counts_of_ends, samples_line, table
 from lit_qlora.forecast.foresee import Needs
 from lit_qlora.forecast.memory import Samples
 from lit_qlora.model.generate import PROMPTS_AT_ONCE, Sampling
@@ -82,9 +82,9 @@ class SampleAnswers(Callback, Needs):
             return
         is_base = trainer.global_step == 0 and module.adapter is None
         answers = self._base_answers if is_base else self._answer(trainer, module)
-        record(trainer, counts(answers, self.max_new_tokens))
+        record(trainer, counts_of_ends(answers, self.max_new_tokens))
         prompts = [conversation.turns[-1].content for conversation in self._conversations]
-        shown = line(prompts, self._base_answers, None if is_base else answers, self.max_new_tokens)
+        shown = samples_line(prompts, self._base_answers, None if is_base else answers, self.max_new_tokens)
         kept, text = record_of(trainer), table(shown)
         if kept:
             kept.log_samples(shown, trainer.global_step)
@@ -126,6 +126,6 @@ class SampleAnswers(Callback, Needs):
         samples = []
         for answer, tokens in zip(answers, room, strict=True):
             text, has_ended = encoder.answer(answer[:tokens], stop)
-            cut_by = LIMIT if len(answer[:tokens]) >= self.max_new_tokens else CONTEXT
+            cut_by = CUT if len(answer[:tokens]) >= self.max_new_tokens else CUT_BY_CONTEXT
             samples.append(SampleAnswer(text, None if has_ended else cut_by))
         return samples

@@ -13,7 +13,7 @@ from lit_qlora.callbacks.checkpoints import RunCheckpoints
 from lit_qlora.callbacks.steps import StepCallback
 from lit_qlora.console import tell
 from lit_qlora.devices.world import AllEnd, highest, is_first
-from lit_qlora.signals import URGENT, give_back, hold_off, leave_at_once, name_of, print_now, take_over
+from lit_qlora.signals import URGENT, give_back, hold_off, leave_at_once, print_now, signal_name, take_over
 
 
 class OwnSignals(Callback):
@@ -79,7 +79,7 @@ class StopOnSignal(StepCallback):
         if asked < 0:
             return
         self.checkpoints.stop_asked, self._status = True, int(asked)
-        reason = name_of(self._status - 128) if self._status else "max_time"
+        reason = signal_name(self._status - 128) if self._status else "max_time"
         if self.checkpoints.saved_step == trainer.global_step and not self.checkpoints.failures:
             print_now(
                 f"stopped and saved at step {trainer.global_step} by {reason}; the same command resumes from here"

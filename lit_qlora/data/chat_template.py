@@ -21,7 +21,7 @@ SPACE_BEFORE_EACH_STRETCH = {
 KEEP_SPACE_OF_THE_TEXT = {"type": "Replace", "pattern": {"Regex": rf"\A{SPACE}"}, "content": SPACE * 2}
 """Else Metaspace takes a `SPACE` that a text begins with for the one that it puts there."""
 
-PROBES = (
+PROMPT_PROBES = (
     Conversation((Turn("user", "Hello"),)),
     Conversation((Turn("user", "What is 2 + 3?"), Turn("assistant", "It is 5."), Turn("user", "And 3 + 3?"))),
 )

@@ -24,7 +24,7 @@ from lit_qlora.data.encode import CONTEXT_ONLY, Encoder, TrainOn
 from lit_qlora.data.forms import Form
 from lit_qlora.data.held_out import Parts
 from lit_qlora.data.records import Reading, Records
-from lit_qlora.data.run_rows import RunRows, digest
+from lit_qlora.data.run_rows import RunRows, turns_digest
 from lit_qlora.data.sources import ROWS_THEMSELVES, SOURCES, SourceOption, are_here, as_text, paths_of, sources_of
 from lit_qlora.data.templates import instead_of, read_template, template_of_base
 from lit_qlora.data.tokenizer import load_tokenizer, template_beside
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-SHARE = 0.05
+HELD_OUT_SHARE = 0.05
 """Default share of the training rows to hold out."""
 CHOSEN_BY = "held-out rows, by which the best adapter was chosen"
 
@@ -86,7 +86,7 @@ class ChatDataModule(LightningDataModule):
         columns: dict[str, str] | None = None,
         opening: str | None = None,
         validation_source: SourceOption | None = None,
-        validation_share: float = SHARE,
+        validation_share: float = HELD_OUT_SHARE,
         test_source: SourceOption | None = None,
         system: str | None = None,
         template: str | None = None,
@@ -193,7 +193,7 @@ class ChatDataModule(LightningDataModule):
             notes += [f"{splits.source}: {splits.note}" for splits in parts.splits.values() if splits.note]
             if self.num_workers > num_cores():
                 notes.append(f"{num_cores()} of {self.num_workers:,} num_workers, for there are no more cores")
-            if self.validation_share != SHARE and not parts.draws():
+            if self.validation_share != HELD_OUT_SHARE and not parts.draws():
                 note = f"validation_share {self.validation_share:g} is not used, for there are held-out rows"
                 self.notes["validation"].append(note)
             self._encode("train", train)
@@ -438,7 +438,7 @@ class ChatDataModule(LightningDataModule):
             self.notes["test"].append(f"these are the {CHOSEN_BY}; data.test_source gives rows of their own")
             return self._held_out("test")
         if rows is not None:
-            digests = [*map(digest, records.conversations)]
+            digests = [*map(turns_digest, records.conversations)]
             for what, known in ((f"are {CHOSEN_BY}", {*rows.held_out}), ("were trained on", rows.train)):
                 count = sum(one in known for one in digests)
                 if count:

@@ -58,7 +58,7 @@ def is_text(written: Sequence[Written]) -> bool:
     return all(one.piece.is_answer or one.piece.kind == "token" for one in written)
 
 
-def joined(rows: Sequence[Sequence[T]]) -> list[T]:
+def joined_rows(rows: Sequence[Sequence[T]]) -> list[T]:
     """What stands in the rows of one conversation, without the token that each further one repeats."""
     return [value for number, row in enumerate(rows) for value in (row[1:] if number else row)]
 
@@ -144,7 +144,7 @@ class Encoder:
         """The rows of a conversation that is `written`: one, or none; of a plain text, as many as it takes.
 
         A text that is longer than `max_length` is divided at tokens. Each further row begins with the last token of
-        the one before it, which predicts the next, so that every token is learned once; see `joined`.
+        the one before it, which predicts the next, so that every token is learned once; see `joined_rows`.
         """
         example = self.example(written)
         if example is None:

@@ -18,7 +18,7 @@ from lit_qlora.wording import kind
 SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
 """Columns with the system text for a conversation without one, in every form."""
 Use = Literal["training", "prompts"]
-OPTIONS: Mapping[Use, str] = {"training": "data.columns", "prompts": "columns"}
+COLUMN_OPTIONS: Mapping[Use, str] = {"training": "data.columns", "prompts": "columns"}
 """The option that names columns, by what the rows are for."""
 
 
@@ -55,14 +55,14 @@ class RowForm(NamedTuple):
         return self._replace(needs=needs, may_have=tuple(columns.get(str(name)) for name in self.may_have), aka=())
 
 
-GIVEN = ("input", "context")
+INPUT_COLUMNS = ("input", "context")
 """Columns with what is given to a question."""
 
 
 def _pair(name: str, question: str, answer: str) -> RowForm:
     """The form of a question and its answer, with what is given to it, and with the pairs before it."""
     title = f"{question} and {answer}"
-    beside = (*(given for given in GIVEN if given != question), "history")
+    beside = (*(given for given in INPUT_COLUMNS if given != question), "history")
     return RowForm(name, title, (question, answer), _answered, beside, holds="messages")
 
 
@@ -188,7 +188,7 @@ def form_names() -> list[str]:
 
 
 def check_columns(
-    columns: Mapping[str, str], form: str = "auto", option: str = OPTIONS["training"], use: Use = "training"
+    columns: Mapping[str, str], form: str = "auto", option: str = COLUMN_OPTIONS["training"], use: Use = "training"
 ) -> None:
     """Check that an option which names columns makes up a form of rows.
 
@@ -268,7 +268,7 @@ def as_options(option: str, columns: Mapping[str, str]) -> str:
         option: that names columns: of all rows, or of one source.
         columns: names of columns, by what they hold.
     """
-    if option in OPTIONS.values():
+    if option in COLUMN_OPTIONS.values():
         return " ".join(f"--{option}.{name} {shlex.quote(column)}" for name, column in columns.items())
     table = ", ".join(f"{name}: {json.dumps(column, ensure_ascii=False)}" for name, column in columns.items())
     return f"{{path: …, columns: {{{table}}}}}"

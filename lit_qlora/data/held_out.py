@@ -21,13 +21,13 @@ from lit_qlora.data.records import (
     check_early,
     count_unanswered,
     is_at,
-    joined,
+    joined_name,
+    joined_sources,
     load_records,
-    name_of,
     no_row,
     places_early,
 )
-from lit_qlora.data.run_rows import RunRows, digest
+from lit_qlora.data.run_rows import RunRows, turns_digest
 from lit_qlora.data.sources import Source, as_text, find_splits, sources_of
 from lit_qlora.data.splits import Splits
 from lit_qlora.errors import UserError
@@ -97,7 +97,7 @@ class Parts:
             check_early_to_score(self.validation_source, "data.validation_source", self.reading)
         if len(local) == len(sources_of(self.source)) and self.draws():
             undivided = [source.called(splits.training()) for source, splits in local.items() if not held_out[source]]
-            self._check_draw(name_of(undivided))
+            self._check_draw(joined_name(undivided))
 
     def check_row(self, row: str) -> None:
         """Raises UserError for a row that no part has, as `train_and_held_out` reads them; see `records.is_at`.
@@ -110,7 +110,7 @@ class Parts:
         held_out = [(source, split) for source, split in self._held_out_splits() if split]
         found = [places_early(source, split, self.reading) for source, split in (*trains, *held_out)]
         if None not in found and not any(is_at(where, row) for places in found for where in places or ()):
-            raise no_row(name_of([source.called(split) for source, split in trains]), row)
+            raise no_row(joined_name([source.called(split) for source, split in trains]), row)
 
     def train_and_held_out(self) -> tuple[Records, Records]:
         """Load the rows to train on and the rows to validate on, which never mix.
@@ -124,20 +124,20 @@ class Parts:
         trains, splits = self._training(), self._held_out_splits()
         fixed = self._load_each((source, name) for source, name in splits if name)
         if not self._is_own():
-            train = joined(trains)
-            return train, _apart(joined(fixed), {*train.conversations}, train.name, "data.validation_source")
+            train = joined_sources(trains)
+            return train, _apart(joined_sources(fixed), {*train.conversations}, train.name, "data.validation_source")
         held_out = []
         if fixed:
-            train = joined(trains)
-            held_out = [_apart(joined(fixed), {*train.conversations}, train.name, "data.source")]
+            train = joined_sources(trains)
+            held_out = [_apart(joined_sources(fixed), {*train.conversations}, train.name, "data.source")]
         if self.draws():
-            undivided = joined([records for records, (_, name) in zip(trains, splits, strict=True) if not name])
+            undivided = joined_sources([records for records, (_, name) in zip(trains, splits, strict=True) if not name])
             self._check_draw(undivided.name)
             drawn = _draw(undivided, self.share, self.seed)
             divided = [_divide(records, drawn) for records in trains]
             trains = [train for train, _ in divided]
             held_out += [rest for (_, rest), (_, name) in zip(divided, splits, strict=True) if not name]
-        return joined(trains), joined(held_out)
+        return joined_sources(trains), joined_sources(held_out)
 
     def test(self, rows: RunRows | None = None) -> Records | None:
         """Load the sources' own test splits; None where there is none, or where it is what is held out.
@@ -154,10 +154,10 @@ class Parts:
         ]
         if not found:
             return None
-        records = joined(self._load_each(found))
+        records = joined_sources(self._load_each(found))
         if rows:
             return records
-        train = joined(self._training())
+        train = joined_sources(self._training())
         return _apart(records, {*train.conversations}, train.name, "data.source", "test")
 
     def test_of(self, source: Any) -> Records:
@@ -172,7 +172,7 @@ class Parts:
             if splits.first("test", "validation") is None and one.place in learned:
                 remedy = "leave it out, or give others"
                 raise UserError(f"{one} is the training data itself", option="data.test_source", remedy=remedy)
-        return joined([self._load(one, splits.for_scoring("test", "validation")) for one, splits in found])
+        return joined_sources([self._load(one, splits.for_scoring("test", "validation")) for one, splits in found])
 
     def held_out(self, rows: RunRows | None) -> tuple[Records, int]:
         """Load the rows to score: those that the run of the record ``rows`` held out, as `recall` does.
@@ -191,8 +191,8 @@ class Parts:
             return self.train_and_held_out()[1], 0
         if not is_other:
             return self.recall(rows)
-        records = joined(self._load_each((one, name) for one, name in self._held_out_splits() if name))
-        learned = {one for one in records.conversations if digest(one) in rows.train}
+        records = joined_sources(self._load_each((one, name) for one, name in self._held_out_splits() if name))
+        learned = {one for one in records.conversations if turns_digest(one) in rows.train}
         return _apart(records, learned, "as its run recorded", "data.validation_source"), 0
 
     def recall(self, rows: RunRows) -> tuple[Records, int]:
@@ -211,7 +211,7 @@ class Parts:
         places: list[str] = []
         num_new = 0
         for records, is_whole in self._places(rows):
-            digests = [*map(digest, records.conversations)]
+            digests = [*map(turns_digest, records.conversations)]
             num_new += len({*digests} - wanted - rows.train) if is_whole else 0
             missing = wanted - found.keys()
             first = {one: kept for one, kept in reversed([*zip(digests, records.kept, strict=True)]) if one in missing}

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from lit_qlora.console import counted
 from lit_qlora.data import splits
 from lit_qlora.data.files import Row, SourceError, split_place
-from lit_qlora.data.forms import OPTIONS, Form, check_columns, form_names
+from lit_qlora.data.forms import COLUMN_OPTIONS, Form, check_columns, form_names
 from lit_qlora.data.row import RowError, read_row
 from lit_qlora.data.sources import Source, local_bytes, read_source, sources_of
 from lit_qlora.errors import UserError, excerpt, suggestion
@@ -30,7 +30,7 @@ BROKEN = "rows left out: no whole conversation, the first at "
 TAKEN_OFF = "rows had special tokens written out at the edges of turns, which were taken off: "
 UNUSED = "rows with what is not used: "
 
-NAMED = 24
+MOST_NAMED = 24
 """Most columns, keys and tokens to name; of more, their number."""
 
 EARLY_BYTES = 2**25
@@ -41,7 +41,7 @@ MOST_EARLY_ROWS = 10_000
 """Rows that it looks at at most: half a second."""
 
 
-OWN = "give a source of other columns its own: {path: …, columns: {…}}"
+OWN_COLUMNS = "give a source of other columns its own: {path: …, columns: {…}}"
 
 
 class Reading(NamedTuple):
@@ -65,7 +65,7 @@ class Reading(NamedTuple):
     opening: str | None = None
     is_whole: bool = False
     any_number: bool = False
-    columns_option: str = OPTIONS["training"]
+    columns_option: str = COLUMN_OPTIONS["training"]
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> "Reading":
@@ -289,7 +289,7 @@ def _named_for_training(rows: list[Row]) -> tuple[list[Row], dict[str, int], lis
     """The rows but those of other splits, where a column names the split of each; and these, as `_rows_of`."""
     for column in dict.fromkeys(name for row in rows for name in row.value if str(name).lower() in splits.COLUMNS):
         kinds = [splits.kind_named(row.value.get(column)) for row in rows]
-        if others := [kind for kind in splits.HELD_OUT if kind in kinds and "train" in kinds]:
+        if others := [kind for kind in splits.HELD_KINDS if kind in kinds and "train" in kinds]:
             kept = [
                 row._replace(value={name: value for name, value in row.value.items() if name != column})
                 for row, kind in zip(rows, kinds, strict=True)
@@ -308,7 +308,7 @@ def _is_misread(num_faults: int, num_rows: int, reading: Reading) -> bool:
     return num_faults == num_rows > 0 if reading.any_number else num_faults > num_rows / 10
 
 
-def joined(parts: Sequence[Records]) -> Records:
+def joined_sources(parts: Sequence[Records]) -> Records:
     """The conversations of several sources, in their order, with all that became of their rows."""
     if len(parts) == 1:
         return parts[0]
@@ -317,10 +317,10 @@ def joined(parts: Sequence[Records]) -> Records:
     for part in parts:
         dropped.update(part.dropped)
     flat = tuple(one for part in parts for one in part.parts or (part,))
-    return Records(name_of([part.name for part in flat]), kept, dict(dropped), left_out, flat)
+    return Records(joined_name([part.name for part in flat]), kept, dict(dropped), left_out, flat)
 
 
-def name_of(names: Sequence[str]) -> str:
+def joined_name(names: Sequence[str]) -> str:
     """What sources called ``names`` are called together."""
     return " and ".join(names) if len(names) <= 2 else f"{len(names)} sources"
 
@@ -352,8 +352,8 @@ class Counts:
 
 
 def _listed(names: Counter[str]) -> str:
-    named = [f"{name} ({count:,})" for name, count in names.most_common(NAMED)]
-    return ", ".join([*named, *([f"and {len(names) - NAMED} more"] if len(names) > NAMED else [])])
+    named = [f"{name} ({count:,})" for name, count in names.most_common(MOST_NAMED)]
+    return ", ".join([*named, *([f"and {len(names) - MOST_NAMED} more"] if len(names) > MOST_NAMED else [])])
 
 
 def _to_records(name: str, rows: list[Row], reading: Reading) -> Records:
@@ -406,8 +406,8 @@ def _check_named(name: str, rows: list[Row], reading: Reading) -> None:
         if found and column not in found:
             near = suggestion(column, [*map(str, found)])
             problem = f"no column {excerpt(column)}, columns found: {excerpt([*found])}{near}"
-            is_of_all = reading.columns_option == OPTIONS["training"]
-            option, remedy = f"{reading.columns_option}.{known}", OWN if is_of_all and not near else None
+            is_of_all = reading.columns_option == COLUMN_OPTIONS["training"]
+            option, remedy = f"{reading.columns_option}.{known}", OWN_COLUMNS if is_of_all and not near else None
             raise UserError(problem, option=option, place=name, remedy=remedy)
 
 

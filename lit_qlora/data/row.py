@@ -10,9 +10,9 @@ from typing import Any
 
 from lit_qlora.data.files import EXAMPLE
 from lit_qlora.data.forms import (
-    GIVEN,
+    COLUMN_OPTIONS,
+    INPUT_COLUMNS,
     MARKERS_ELSEWHERE,
-    OPTIONS,
     SYSTEM,
     SYSTEM_COLUMNS,
     Form,
@@ -35,16 +35,16 @@ LABELS = ("true", "false")
 LABELLED_BAD = "rows with label false, which calls the answer bad: not learned"
 QUESTIONS = ("instruction", "prompt", "question", "query", "user", "human", "input", "inputs")
 ANSWERS = ("output", "response", "completion", "answer", "answers", "assistant", "chosen", "target", "targets")
-SAYS_NOTHING = ("nan", "<noinput>")
+NO_INPUT = ("nan", "<noinput>")
 """Texts in the place of nothing given to a question: pandas' as a text, and that of data made by a model."""
 WRITE_TURNS = (
     'write its turns as rows such as {"messages": [{"role": "user", "content": "…"}, '
     '{"role": "assistant", "content": "…"}]}'
 )
 """What to do with a conversation that is written out in a prompt format."""
-NAMED = 3
+MOST_FORMS = 3
 """Forms whose columns are named where a row has none of them."""
-WHOLE = "rows of plain text, which is learned whole"
+LEARNED_WHOLE = "rows of plain text, which is learned whole"
 
 
 class RowError(ValueError):
@@ -86,7 +86,7 @@ def read_row(
     """
     known = forms_for(use, columns)
     forms = known if form == "auto" else [one for one in known if one.name == form]
-    chosen = _form_of(row, forms, is_whole, use, option or OPTIONS[use])
+    chosen = _form_of(row, forms, is_whole, use, option or COLUMN_OPTIONS[use])
     used = [*chosen.needs, *chosen.may_have]
     system_columns = [columns[SYSTEM]] if columns and SYSTEM in columns else [] if columns else [*SYSTEM_COLUMNS]
     content = [_content(row, name, chosen) for name in used]
@@ -125,7 +125,7 @@ def read_row(
     ]
     blank = [name for name in chosen.may_have if name and _says_nothing(row.get(name))]
     own = [
-        *((WHOLE,) if conversation.is_text else (LABELLED_BAD,) if is_bad else ()),
+        *((LEARNED_WHOLE,) if conversation.is_text else (LABELLED_BAD,) if is_bad else ()),
         *(f"rows with {row[name].strip()!r} in column {name!r}, left out as nothing" for name in blank),
     ]
     all_taken_off = tuple(dict.fromkeys([*read.taken_off, *taken_off]))
@@ -133,7 +133,7 @@ def read_row(
 
 
 def _says_nothing(value: object) -> bool:
-    return isinstance(value, str) and value.strip().lower() in SAYS_NOTHING
+    return isinstance(value, str) and value.strip().lower() in NO_INPUT
 
 
 def _content(row: Mapping[str, Any], column: str | None, form: RowForm) -> Any:
@@ -236,7 +236,7 @@ def _no_column(row: Mapping[str, Any], forms: Sequence[RowForm], use: Use, optio
     if asked and not is_pair and (not is_to_train or answer in (None, *lists)):
         return named({"messages": asked[0]})
     if question and (answer or not is_to_train):
-        given = next((names[name] for name in GIVEN if name in names and names[name] != question), None)
+        given = next((names[name] for name in INPUT_COLUMNS if name in names and names[name] != question), None)
         return named({"user": question, "context": given, "assistant": answer if is_to_train else None})
     for name, value in row.items():
         is_list = isinstance(list_in(value), list)
@@ -280,4 +280,4 @@ def _wanted(forms: Sequence[RowForm]) -> str:
     alone = [*dict.fromkeys(needs[form.name] for form in forms if len(form.needs) == 1)]
     several = [*dict.fromkeys(form.needs for form in forms if len(form.needs) > 1)]
     shown = [" and ".join(map(repr, one)) for one in (*alone, *several)]
-    return " or ".join(shown[:NAMED]) + (f" or {shown[NAMED]} (or others)" if len(shown) > NAMED else "")
+    return " or ".join(shown[:MOST_FORMS]) + (f" or {shown[MOST_FORMS]} (or others)" if len(shown) > MOST_FORMS else "")

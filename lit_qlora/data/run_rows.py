@@ -16,7 +16,7 @@ from lit_qlora.storage.foreign import shown
 from lit_qlora.text.conversation import Conversation
 from lit_qlora.wording import number_of
 
-VERSION = 1
+ROWS_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class RunRows:
             held_out: those that are scored, in order.
             validation_source: the option that says where the latter are from.
         """
-        return cls(tuple(map(digest, held_out)), frozenset(map(digest, train)), validation_source)
+        return cls(tuple(map(turns_digest, held_out)), frozenset(map(turns_digest, train)), validation_source)
 
     def changes(self, now: "RunRows") -> dict[str, str]:
         """What became of the learned and of the held-out conversations, in words.
@@ -78,8 +78,8 @@ class RunRows:
         """
         try:
             values = parse_json(file.read_bytes())
-            if values["version"] != VERSION:
-                raise ValueError(f"its version is {shown(values['version'])}, expected {VERSION}")
+            if values["version"] != ROWS_VERSION:
+                raise ValueError(f"its version is {shown(values['version'])}, expected {ROWS_VERSION}")
             source = values["validation_source"]
             digests = [[*map(_checked, values[name])] for name in ("held_out", "train")]
             if not (digests[0] and isinstance(source, str | None)):
@@ -99,12 +99,12 @@ class RunRows:
             SaveError: it could not be written.
         """
         values = asdict(self) | {"train": sorted(self.train)}
-        text = json.dumps({"version": VERSION} | values, indent=0) + "\n"
+        text = json.dumps({"version": ROWS_VERSION} | values, indent=0) + "\n"
         if not file.is_file() or file.read_bytes() != text.encode():
             write_file(file, text)
 
 
-def digest(conversation: Conversation) -> str:
+def turns_digest(conversation: Conversation) -> str:
     """A conversation's digest: 64 bits of a hash of its system text and its turns."""
     turns = [conversation.system, *((turn.role, turn.content) for turn in conversation.turns)]
     return sha256(json.dumps(turns).encode()).hexdigest()[:16]

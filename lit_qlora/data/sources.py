@@ -17,8 +17,8 @@ from typing import Any, NoReturn, TypeVar
 from lit_qlora import demo
 from lit_qlora.data import splits
 from lit_qlora.data.files import COMPRESSED, ENDINGS, INSTEAD, Row, SourceError, kind_of, read_rows
-from lit_qlora.data.forms import OPTIONS, columns_of, forms_for
-from lit_qlora.data.splits import PLAIN, Splits
+from lit_qlora.data.forms import COLUMN_OPTIONS, columns_of, forms_for
+from lit_qlora.data.splits import PLAIN_ENDINGS, Splits
 from lit_qlora.errors import UserError, excerpt, require, suggestion
 from lit_qlora.storage.files import parse_json
 
@@ -51,7 +51,7 @@ class Source:
     revision: str | None = None
     share: float = 1.0
     columns: tuple[tuple[str, str], ...] | None = None
-    columns_option: str = field(default=OPTIONS["training"], compare=False)
+    columns_option: str = field(default=COLUMN_OPTIONS["training"], compare=False)
 
     def __str__(self) -> str:
         """What it is called in messages."""
@@ -80,7 +80,7 @@ class Source:
 
 SOURCES = ("source", "validation_source", "test_source")
 """The options of a `ChatDataModule` that take sources."""
-KEYS = ("path", "name", "split", "revision", "share", "columns")
+SOURCE_KEYS = ("path", "name", "split", "revision", "share", "columns")
 ROWS_THEMSELVES = "for rows themselves, write them to a file as JSON lines, and name that"
 
 
@@ -135,11 +135,11 @@ def _source(value: Any, option: str) -> Source:
         if split and is_known and not Path(value).expanduser().exists():
             return Source(head, split=split)
         return Source(value)
-    expected = f"a source, a table of {', '.join(KEYS)}, or a list of them"
+    expected = f"a source, a table of {', '.join(SOURCE_KEYS)}, or a list of them"
     require(isinstance(value, Mapping), option, expected, value)
     for key in value:
-        if key not in KEYS:
-            known = f"expected {', '.join(KEYS)}{suggestion(str(key), [*KEYS])}"
+        if key not in SOURCE_KEYS:
+            known = f"expected {', '.join(SOURCE_KEYS)}{suggestion(str(key), [*SOURCE_KEYS])}"
             remedy = None if "path" in value else ROWS_THEMSELVES
             raise UserError(f"{excerpt(key)} is unknown, {known}", option=option, remedy=remedy)
     if not isinstance(value.get("path"), str):
@@ -341,7 +341,7 @@ def are_here(value: Any) -> bool:
 
 
 def _looks_like_hub_id(source: str) -> bool:
-    is_file = source.lower().endswith((*PLAIN, *COMPRESSED, *filter(None, INSTEAD)))
+    is_file = source.lower().endswith((*PLAIN_ENDINGS, *COMPRESSED, *filter(None, INSTEAD)))
     return not is_file and HUB_ID.fullmatch(source) is not None
 
 

@@ -25,15 +25,15 @@ SPLITS = {
 }  # fmt: skip
 """What a split is for, and the names that it has in folders and on the hub, in small letters."""
 SPLIT_NAMES = {name for names in SPLITS.values() for name in names}
-HELD_OUT = ("validation", "test")
+HELD_KINDS = ("validation", "test")
 SAY_NOTHING = {"data", "dataset", "set", "split", "rows", "file"}
 """Words beside a split's name that say no more: ``val_data.jsonl``."""
 
 COLUMNS = ("split", "subset", "partition", "set", "fold", "data_split", "dataset_split")
 """Columns of a table that may name the split of each row, in small letters."""
 
-PLAIN = (*ENDINGS, *OTHER_NAMES)
-FILES = (*PLAIN, *(ending + packing for ending in PLAIN for packing in PACKED))
+PLAIN_ENDINGS = (*ENDINGS, *OTHER_NAMES)
+FILES = (*PLAIN_ENDINGS, *(ending + packing for ending in PLAIN_ENDINGS for packing in PACKED))
 """Endings of files with rows, the plain ones first."""
 NO_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
 """Files about a data set."""
@@ -204,7 +204,7 @@ def note_of(files: Mapping[str, list[Path]]) -> str:
     It may be meant so, unlike in a folder: a pattern can ask for some of the parts.
     """
     paths = files["train"]
-    others = {path.name: kind for path in paths if (kind := _whole_kind(path) or _name_of(path).kind) in HELD_OUT}
+    others = {path.name: kind for path in paths if (kind := _whole_kind(path) or _name_of(path).kind) in HELD_KINDS}
     found = f"{number_of(len(paths), 'files')} to train on"
     for name, kind in [*others.items()][:1]:
         more = f" and {len(others) - 1:,} more" if len(others) > 1 else ""
@@ -348,6 +348,6 @@ def others_beside(path: Path) -> tuple[Path, ...]:
         own = _name_of(ours)
         if own.kind == "train" and ours.exists():
             named = {one: _name_of(one) for one in entries(ours.parent)}
-            there = [one for one, name in named.items() if name.others == own.others and name.kind in HELD_OUT]
+            there = [one for one, name in named.items() if name.others == own.others and name.kind in HELD_KINDS]
             return tuple(one for one in there if (_data_in(one) if one.is_dir() else is_data(one)))
     return ()

@@ -16,17 +16,17 @@ from lit_qlora.storage.reach import stored_file
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LLAMA_2 = {"▁[": 518, "▁Hello": 15043}
+LLAMA_2_IDS = {"▁[": 518, "▁Hello": 15043}
 """Tokens that Llama 2's vocabulary has at these ids, and no other one."""
 INST = [518, 25580, 29962]
 """The ids of the text "[INST]" by Meta's code."""
 
-PROBES = ("Hello world", "two  spaces", "x = 12345\n\n\tend", "Größe, 漢字 🙂")
+TEXT_PROBES = ("Hello world", "two  spaces", "x = 12345\n\n\tend", "Größe, 漢字 🙂")
 """Texts by which it shows whether a class of the library gives the ids of the tokenizer.json that it was loaded from.
 
 None begins with a space, which classes that put one there take for their own; `encode.Encoder` knows of that."""
 
-NAMED = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+LLAMA_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 """Special tokens, and what Llama calls them; BOS may lack, but Llama 2's."""
 
 
@@ -56,7 +56,7 @@ _BY_ID = Kind(
 )
 _TEXTS = Kind("a list of texts", lambda value: isinstance(value, list) and all(isinstance(part, str) for part in value))
 _SIDE = one_of("left", "right")
-KEYS = {
+TOKENIZER_KEYS = {
     **dict.fromkeys(
         ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"), _TOKEN
     ),
@@ -190,7 +190,7 @@ def _check_config(base: str, location: str) -> dict[str, Any]:
     place = f"no tokenizer could be loaded from {excerpt(base)}"
     try:
         stated = read_object(file, place)
-        for key, kind in KEYS.items():
+        for key, kind in TOKENIZER_KEYS.items():
             if key in stated:
                 check(f"{place}: tokenizer_config.json", key, kind, stated[key])
     except UserError as error:
@@ -203,7 +203,7 @@ def _check_not_empty(base: str, token_of: Callable[[str], Any]) -> None:
 
     The library gives an empty one the id of the unknown token, and searches endlessly for an empty unknown one.
     """
-    for name, usual in NAMED.items():
+    for name, usual in LLAMA_TOKENS.items():
         if token_of(name) == "":
             remedy = f"write its text into tokenizer_config.json (Llama's is {usual}), or take another copy"
             raise _wrong(base, f"has an empty {name}, as early conversions do", remedy)
@@ -259,7 +259,7 @@ def is_byte_level(rules: Mapping[str, Any]) -> bool:
 
 
 def _is_llama_2(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    return bool(tokenizer.convert_tokens_to_ids([*LLAMA_2]) == [*LLAMA_2.values()])
+    return bool(tokenizer.convert_tokens_to_ids([*LLAMA_2_IDS]) == [*LLAMA_2_IDS.values()])
 
 
 def _is_as_saved(tokenizer: "PreTrainedTokenizerBase") -> bool:
@@ -272,5 +272,5 @@ def _is_as_saved(tokenizer: "PreTrainedTokenizerBase") -> bool:
     saved, loaded = Tokenizer.from_file(str(file)), tokenizer.backend_tokenizer  # type: ignore[attr-defined]
     return all(
         saved.encode(text, add_special_tokens=False).ids == loaded.encode(text, add_special_tokens=False).ids
-        for text in PROBES
+        for text in TEXT_PROBES
     )

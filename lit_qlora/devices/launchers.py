@@ -13,7 +13,7 @@ from lit_qlora.place import COMMAND
 
 COUNTS = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 """Variables with the number of processes, of torchrun, srun, mpirun and other MPI launchers."""
-RANKS = (
+RANK_VARIABLES = (
     "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID",
     "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_LOCAL_RANK", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "PMI_RANK",
 )  # fmt: skip
@@ -45,8 +45,8 @@ def ignore_launchers(allows_several: bool = False) -> list[str]:
                     f"--ntasks 1), or unset {name}; fit, validate and test support torchrun and srun"
                 ),
             )
-    left = {name: os.environ.pop(name) for name in (*COUNTS, *RANKS) if name in os.environ}
-    return [f"{name}={value}" for name, value in left.items() if name in RANKS and value.strip() != "0"]
+    left = {name: os.environ.pop(name) for name in (*COUNTS, *RANK_VARIABLES) if name in os.environ}
+    return [f"{name}={value}" for name, value in left.items() if name in RANK_VARIABLES and value.strip() != "0"]
 
 
 def requeue() -> None:

@@ -15,13 +15,13 @@ from lit_qlora.devices.starting import of_process, was_started
 from lit_qlora.devices.world import OF_TORCHRUN, LostError, board, hang_up, is_first, world
 from lit_qlora.errors import UserError
 
-REACH_S = 20.0
+REPORT_WAIT_S = 20.0
 """How long another process waits for the first to have said something: it may still import torch."""
 LINGER_S = 3.0
 """How long the first stays, so that the others hear that it has."""
 
 
-def report(problem: str | UserError) -> None:
+def report_once(problem: str | UserError) -> None:
     """Print ``problem``, with which this command ends, once for all processes of the run.
 
     Args:
@@ -39,14 +39,14 @@ def _print_for_all(problem: str | UserError) -> None:
     shown, mark = problem, "error: "
     if isinstance(problem, LostError):  # which one is, and why
         with suppress(Exception):
-            found = board(timedelta(seconds=REACH_S))
+            found = board(timedelta(seconds=REPORT_WAIT_S))
             if found.check(["failed"]):
                 rank, _, shown = found.get("failed").decode().partition(" ")
                 mark = of_process(world()._replace(rank=int(rank)))
     complain(shown, mark)
     with suppress(Exception):
         hang_up()
-        found = found or board(timedelta(seconds=REACH_S))
+        found = found or board(timedelta(seconds=REPORT_WAIT_S))
         found.set("said", "")
         found.set("failed", f"0 {problem}")
         ends_at = time.monotonic() + LINGER_S
@@ -58,11 +58,11 @@ def _is_said(problem: str | UserError) -> bool:
     """True if the first process has said what is wrong, after hearing it from here unless this one has lost another."""
     is_lost = isinstance(problem, LostError)
     try:
-        found = board(timedelta(seconds=REACH_S))
+        found = board(timedelta(seconds=REPORT_WAIT_S))
         if not is_lost:
             found.set("failed", f"{world().rank} {problem}")
         hang_up()
-        found.wait(["said"], timedelta(seconds=LINGER_S if is_lost else REACH_S))
+        found.wait(["said"], timedelta(seconds=LINGER_S if is_lost else REPORT_WAIT_S))
         found.add("heard", 1)
     except Exception:
         return False

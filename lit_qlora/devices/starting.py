@@ -31,7 +31,7 @@ from lit_qlora.signals import (
 )
 
 PARENT = "LIT_QLORA_PARENT"
-"""In the environment of a process that `run` began: the number of the one that did."""
+"""In the environment of a process that `run_several` began: the number of the one that did."""
 AGENT = "TORCHELASTIC_RUN_ID"
 """In the environment of a process that torchrun's agent began."""
 GRACE_S = 6.0
@@ -50,7 +50,7 @@ class SeveralAsked(Exception):  # noqa: N818  # nothing went wrong
 
 
 def take_place(is_for_several: bool = True) -> list[str]:
-    """Find which process this is, by what torchrun, srun or `run` left in the environment; it then says so in
+    """Find which process this is, by what torchrun, srun or `run_several` left in the environment; it then says so in
     torchrun's names, and nothing else does.
 
     Args:
@@ -132,12 +132,12 @@ def _end_with_parent(parent: int) -> None:
 
 
 def was_started() -> bool:
-    """True in a process that `run` began."""
+    """True in a process that `run_several` began."""
     return PARENT in os.environ
 
 
 def lose(error: LostError) -> int:
-    """The status of this process, which `run` began and which has lost another; ``error`` is kept like all it says."""
+    """The status of this process, begun by `run_several`, which lost another; ``error`` is kept like all it says."""
     if world().rank:
         complain(error, of_process())
     return LOST
@@ -175,7 +175,7 @@ class _Child:
             self.process.send_signal(number)
 
 
-def run(args: Sequence[str], count: int) -> int:
+def run_several(args: Sequence[str], count: int) -> int:
     """Run a command in several processes of this machine, each with a device of its own.
 
     Args:

@@ -25,7 +25,7 @@ OF_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 """torchrun's names in the environment of one of several processes, in the order of `World`."""
 STORE = "LIT_QLORA_STORE"
 """In the environment of processes that this project started: the file through which they find each other."""
-SLOW = timedelta(days=1)
+LONGEST_WAIT = timedelta(days=1)
 """How long one process may take for what the others wait for, such as a download; one that ends is noticed at once."""
 DEAD = timedelta(minutes=10)
 """How long a device may take for its part of a step."""
@@ -248,7 +248,7 @@ def join(gpu: int | None) -> None:
         else:
             torch.cuda.set_device(gpu)
             distributed.init_process_group("nccl", device_id=torch.device("cuda", gpu), **options)
-        _host_group.append(distributed.new_group(backend="gloo", timeout=SLOW))
+        _host_group.append(distributed.new_group(backend="gloo", timeout=LONGEST_WAIT))
 
 
 def _group() -> Any:

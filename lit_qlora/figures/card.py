@@ -32,12 +32,12 @@ HELD_OUT: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("held-out perplexity", "val/perplexity", lambda value: f"{value:,.2f}"),
     ("held-out token accuracy", "val/accuracy", lambda value: f"{value:.1%}"),
 )
-LLAMA_2 = re.compile(r"llama-?2", re.IGNORECASE)
+LLAMA_2_NAME = re.compile(r"llama-?2", re.IGNORECASE)
 LICENCE = (
     "Llama 2 is licensed under the LLAMA 2 Community License, Copyright (c) Meta Platforms, Inc. All Rights Reserved. "
     "Its terms hold for the base and for what is made with it; the data has a licence of its own."
 )
-LLAMA = re.compile(r"llama|^demo$", re.IGNORECASE)
+LLAMA_NAME = re.compile(r"llama|^demo$", re.IGNORECASE)
 """Names of bases that are tagged so; of others the architecture is not known here."""
 
 
@@ -122,7 +122,7 @@ def merged_card(base: str, sources: Sequence[str], made: str, measured: str, pro
 
 
 def _render(name: str, base: str, **values: Any) -> str:
-    licence = LICENCE if LLAMA_2.search(base) else None
+    licence = LICENCE if LLAMA_2_NAME.search(base) else None
     shown = ", ".join(f"{name} {found.partition('+')[0]}" for name, found in versions().items())
     template = f"{name}.md.jinja"
     return filled("lit_qlora.figures", template, base=base, licence=licence, versions=shown, **values)
@@ -158,13 +158,13 @@ def _metadata(base: str, sources: Sequence[str], relation: str = "adapter") -> s
     from huggingface_hub import ModelCardData
 
     is_adapter, is_hub_id = relation == "adapter", HUB_ID.fullmatch(base) is not None
-    more = [name for name, holds in (("peft", is_adapter), ("llama", LLAMA.search(base))) if holds]
+    more = [name for name, holds in (("peft", is_adapter), ("llama", LLAMA_NAME.search(base))) if holds]
     return ModelCardData(
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
         base_model=base if is_hub_id else None,
         base_model_relation=relation if is_hub_id else None,
-        license="llama2" if LLAMA_2.search(base) else None,
+        license="llama2" if LLAMA_2_NAME.search(base) else None,
         datasets=[source for source in sources if HUB_ID.fullmatch(source)] or None,
         tags=["lora", "qlora", *more, "lightning"],
     ).to_yaml()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CURVES = "curves.png"
-INK, GRID, TRAIN, FAINT, HELD_OUT, MARK = (f"C{number}" for number in range(6))
+INK, GRID, TRAIN_HUE, FAINT, HELD_OUT_HUE, MARK_HUE = (f"C{number}" for number in range(6))
 """Colours by their places in a palette."""
 
 FOR_PAGE = ("#101010", "#202020", "#303030", "#404040", "#505050", "#606060")
@@ -39,7 +39,7 @@ PEAKS = {
     "host": "memory/host_gib",
 }
 """Figures of memory by the titles of their bars."""
-Figures = Mapping[int, Mapping[str, Any]]
+FiguresByStep = Mapping[int, Mapping[str, Any]]
 Points = list[tuple[float, float]]
 
 
@@ -51,7 +51,7 @@ class Chart(NamedTuple):
     words: str
 
 
-def charts(figures: Figures, step: int | None) -> Iterator[Chart]:
+def charts(figures: FiguresByStep, step: int | None) -> Iterator[Chart]:
     """The charts of a run, without those that have nothing to show.
 
     Args:
@@ -72,7 +72,7 @@ def charts(figures: Figures, step: int | None) -> Iterator[Chart]:
             yield Chart(title, *found)
 
 
-def draw_curves(file: Path, figures: Figures, step: int) -> bool:
+def draw_curves(file: Path, figures: FiguresByStep, step: int) -> bool:
     """Draw the losses into ``file``; True if there was a line to draw, and matplotlib is installed to draw it.
 
     Args:
@@ -155,7 +155,7 @@ def _style(axes: "Axes") -> None:
         text.set_color(INK)
 
 
-def points(figures: Figures, name: str) -> Points:
+def points(figures: FiguresByStep, name: str) -> Points:
     """The finite values of a figure, each behind its step.
 
     Args:
@@ -184,7 +184,7 @@ def _steps(axes: "Axes") -> None:
     axes.set_xlabel("optimizer steps", color=INK)
 
 
-def _curves(axes: "Axes", figures: Figures, name: str, step: int | None) -> str:
+def _curves(axes: "Axes", figures: FiguresByStep, name: str, step: int | None) -> str:
     """Training and held-out in one chart."""
     from matplotlib.ticker import PercentFormatter
 
@@ -194,12 +194,12 @@ def _curves(axes: "Axes", figures: Figures, name: str, step: int | None) -> str:
     smooth, words = smoothed(train), list[str]()
     if smooth != train:
         axes.plot(*zip(*train, strict=True), color=FAINT, linewidth=1)
-    for line, colour, label, shape in ((smooth, TRAIN, "training", ""), (held_out, HELD_OUT, "held-out", "o")):
+    for line, colour, label, shape in ((smooth, TRAIN_HUE, "training", ""), (held_out, HELD_OUT_HUE, "held-out", "o")):
         if line:
             axes.plot(*zip(*line, strict=True), color=colour, linewidth=2, marker=shape, markersize=4, label=label)
             words.append(f"{label} from {line[0][1]:.4g} to {line[-1][1]:.4g}")
     if step:
-        axes.axvline(step, color=MARK, linewidth=1, linestyle=(0, (3, 3)), label="best adapter")
+        axes.axvline(step, color=MARK_HUE, linewidth=1, linestyle=(0, (3, 3)), label="best adapter")
         words.append(f"best adapter at step {step:,}")
     if name == "accuracy":
         axes.yaxis.set_major_formatter(PercentFormatter(1))
@@ -208,13 +208,13 @@ def _curves(axes: "Axes", figures: Figures, name: str, step: int | None) -> str:
     return ", ".join(words)
 
 
-def _curve(axes: "Axes", figures: Figures, name: str, *, from_zero: bool = False) -> str:
+def _curve(axes: "Axes", figures: FiguresByStep, name: str, *, from_zero: bool = False) -> str:
     from matplotlib.ticker import StrMethodFormatter
 
     line = points(figures, name)
     if len(line) < 2:
         return ""
-    axes.plot(*zip(*line, strict=True), color=TRAIN, linewidth=2)
+    axes.plot(*zip(*line, strict=True), color=TRAIN_HUE, linewidth=2)
     if from_zero:
         axes.set_ylim(0, max(value for _, value in line) * 1.1 or 1)
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
@@ -223,18 +223,18 @@ def _curve(axes: "Axes", figures: Figures, name: str, *, from_zero: bool = False
     return f"from {values[0]:.4g} to {values[-1]:.4g}, between {min(values):.4g} and {max(values):.4g}"
 
 
-def _memory(axes: "Axes", figures: Figures) -> str:
+def _memory(axes: "Axes", figures: FiguresByStep) -> str:
     """A bar for the highest of each moment, of what torch reserves or of the host, and the forecast as a line."""
     bars = [(title, peak) for title, name in PEAKS.items() if (peak := peak_of(figures, name)) is not None]
     if not bars:
         return ""
     names, values = zip(*reversed(bars), strict=True)
-    drawn = axes.barh(names, values, color=TRAIN, height=0.55)
+    drawn = axes.barh(names, values, color=TRAIN_HUE, height=0.55)
     axes.bar_label(drawn, [f"{value:.2f}" for value in values], padding=4, color=INK)
     forecast = peak_of(figures, "memory/predicted_reserved_gib")
     words = [f"{name} {value:.2f}" for name, value in bars]
     if forecast is not None:
-        axes.axvline(forecast, color=HELD_OUT, linewidth=2, label=f"forecast for training: {forecast:.2f}")
+        axes.axvline(forecast, color=HELD_OUT_HUE, linewidth=2, label=f"forecast for training: {forecast:.2f}")
         axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
         words.append(f"forecast for training {forecast:.2f}")
     axes.set_xlim(0, max([*values, forecast or 0]) * 1.15 or 1)
@@ -243,7 +243,7 @@ def _memory(axes: "Axes", figures: Figures) -> str:
     return ", ".join(words)
 
 
-def peak_of(figures: Figures, name: str) -> float | None:
+def peak_of(figures: FiguresByStep, name: str) -> float | None:
     """The highest value of a figure; None where it was never recorded.
 
     Args:

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import Logger
 
 from lit_qlora.figures.lines import StepLines, json_number
 from lit_qlora.figures.samples import table
-from lit_qlora.figures.tensorboard import HELD_OUT, Board, Event, figures_events, text_event
+from lit_qlora.figures.tensorboard import HELD_OUT_FOLDER, Board, Event, figures_events, text_event
 from lit_qlora.storage.run import RunFolder
 
 Figures = dict[str, Any]
@@ -86,7 +86,7 @@ class Record(Logger):
         """Record the sample answers of a validation.
 
         Args:
-            samples: in the form of `figures.samples.line`.
+            samples: in the form of `figures.samples.samples_line`.
             step: optimizer steps done.
         """
         self._move_to(step)
@@ -190,4 +190,4 @@ class _Step:
 
 def _tables(step: int, samples: Mapping[str, Any]) -> list[Event]:
     shown = table(samples)
-    return [text_event(HELD_OUT, step, "samples", shown)] if shown else []
+    return [text_event(HELD_OUT_FOLDER, step, "samples", shown)] if shown else []

@@ -17,7 +17,7 @@ from lit_qlora.figures.card import HELD_OUT
 from lit_qlora.figures.charts import charts, peak_of
 from lit_qlora.figures.lines import damaged_lines, read_lines
 from lit_qlora.figures.render import filled
-from lit_qlora.figures.samples import CONTEXT, LIMIT, ROWS_SHOWN, answered, ends_in_words
+from lit_qlora.figures.samples import CUT, CUT_BY_CONTEXT, ROWS_SHOWN, answered, ends_in_words
 from lit_qlora.place import COMMAND
 from lit_qlora.storage.config_file import as_yaml, read_options
 from lit_qlora.storage.files import write_file
@@ -52,7 +52,7 @@ def write_report(run: RunFolder) -> Path:
     Raises:
         SaveError: if it can't be written.
     """
-    write_file(run.report, page(run))
+    write_file(run.report, report_page(run))
     return run.report
 
 
@@ -70,7 +70,7 @@ def damage(run: RunFolder) -> Iterator[str]:
             yield str(error)
 
 
-def page(run: RunFolder) -> str:
+def report_page(run: RunFolder) -> str:
     """The report as HTML."""
     figures, best = _figures(run.metrics), object_in(run.adapter / RESULT)
     step = best.get("step")
@@ -179,7 +179,7 @@ def _samples(file: Path, step: int) -> Iterator[dict[str, str]]:
     """Those of the best adapter, or else of the newest: the prompt, the base's answer and the adapter's, and how each
     was cut off, or nothing. Before training, only the base has answered.
     """
-    reasons = {LIMIT: "cut at the limit", CONTEXT: "cut by the base's context"}
+    reasons = {CUT: "cut at the limit", CUT_BY_CONTEXT: "cut by the base's context"}
     for row in answered(file, step):
         shown = {"prompt": _text(row.get("prompt"))}
         for whose in ("base", "adapter"):

@@ -19,20 +19,20 @@ ROWS_SHOWN = 16
 COMPARED, COLUMN = 3, (WIDTH - 6) // 2
 """Answers of base and adapter that are shown side by side, and how wide each is."""
 
-ENDED, LIMIT, CONTEXT = "samples/ended", "samples/cut", "samples/cut_by_context"
+ENDED, CUT, CUT_BY_CONTEXT = "samples/ended", "samples/cut", "samples/cut_by_context"
 """Names of the counts: answers that ended by themselves, were cut by the limit, and were cut by the base's context."""
-TOKENS = "samples/max_new_tokens"
+MAX_NEW_TOKENS = "samples/max_new_tokens"
 """The limit of these counts: a resumed run may have another."""
 
 
 class SampleAnswer(NamedTuple):
-    """An answer's text, and what cut it off: `LIMIT` or `CONTEXT`; None if it ended with EOS."""
+    """An answer's text, and what cut it off: `CUT` or `CUT_BY_CONTEXT`; None if it ended with EOS."""
 
     text: str
     cut_by: str | None
 
 
-def counts(answers: Sequence[SampleAnswer], max_new_tokens: int) -> dict[str, float]:
+def counts_of_ends(answers: Sequence[SampleAnswer], max_new_tokens: int) -> dict[str, float]:
     """Figures of how sample answers ended.
 
     Args:
@@ -43,13 +43,13 @@ def counts(answers: Sequence[SampleAnswer], max_new_tokens: int) -> dict[str, fl
         Counts of ends, their limit, and the share that ended by themselves.
     """
     ends = [answer.cut_by for answer in answers]
-    figures = {ENDED: ends.count(None), LIMIT: ends.count(LIMIT), TOKENS: max_new_tokens}
-    if CONTEXT in ends:
-        figures[CONTEXT] = ends.count(CONTEXT)
+    figures = {ENDED: ends.count(None), CUT: ends.count(CUT), MAX_NEW_TOKENS: max_new_tokens}
+    if CUT_BY_CONTEXT in ends:
+        figures[CUT_BY_CONTEXT] = ends.count(CUT_BY_CONTEXT)
     return {**figures, "samples/stopped_share": ends.count(None) / max(len(ends), 1)}
 
 
-def line(
+def samples_line(
     prompts: Sequence[str], base: Sequence[SampleAnswer], adapter: Sequence[SampleAnswer] | None, max_new_tokens: int
 ) -> dict[str, Any]:
     """The record of one validation.
@@ -67,7 +67,7 @@ def line(
 
 
 def table(line: Mapping[str, Any]) -> str | None:
-    """A `line` in Markdown, base beside adapter; None without answers of an adapter."""
+    """A `samples_line` in Markdown, base beside adapter; None without answers of an adapter."""
     rows = [row for row in line.get("answers", ())[:ROWS_SHOWN] if "adapter" in row]
     if not rows:
         return None
@@ -102,7 +102,7 @@ def side_by_side(answers: Sequence[Mapping[str, Any]]) -> list[str]:
     """The first questions, below each the base's answer and the adapter's in two columns of 3 lines.
 
     Args:
-        answers: those of a `line`.
+        answers: those of a `samples_line`.
 
     Returns:
         Lines for a terminal; none where no adapter has answered.
@@ -161,22 +161,22 @@ def ends_in_words(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[t
     """
     if ENDED not in after:
         return []
-    limits = {f"{int(figures[TOKENS]):,}" for figures in (before, after) if TOKENS in figures}
-    titles = {ENDED: "answers that ended by themselves", LIMIT: f"answers cut at {' or '.join(sorted(limits))} tokens"}
-    if CONTEXT in before or CONTEXT in after:
-        titles[CONTEXT] = "answers cut by the base's context"
+    limits = {f"{int(figures[MAX_NEW_TOKENS]):,}" for figures in (before, after) if MAX_NEW_TOKENS in figures}
+    titles = {ENDED: "answers that ended by themselves", CUT: f"answers cut at {' or '.join(sorted(limits))} tokens"}
+    if CUT_BY_CONTEXT in before or CUT_BY_CONTEXT in after:
+        titles[CUT_BY_CONTEXT] = "answers cut by the base's context"
     return [(title, _of_all(before, name), str(_of_all(after, name))) for name, title in titles.items()]
 
 
 def _of_all(figures: Mapping[str, Any], name: str) -> str | None:
     if ENDED not in figures:
         return None
-    found = {end: int(figures.get(end, 0)) for end in (ENDED, LIMIT, CONTEXT)}
+    found = {end: int(figures.get(end, 0)) for end in (ENDED, CUT, CUT_BY_CONTEXT)}
     return f"{found[name]} of {sum(found.values())}"
 
 
 def _shown(answer: Mapping[str, Any], limit: int) -> str:
-    reason = {LIMIT: f"at {limit:,} tokens", CONTEXT: "by the base's context"}.get(answer["cut_by"])
+    reason = {CUT: f"at {limit:,} tokens", CUT_BY_CONTEXT: "by the base's context"}.get(answer["cut_by"])
     return _cell(answer["text"]) + (f" *(cut {reason})*" if reason else "")
 
 

@@ -1,6 +1,6 @@
 """Owns TensorBoard's files of a run: a view of what is recorded, written anew by each start.
 
-A folder for each line of a chart, `PARTS`, for TensorBoard takes folders for runs, and draws one tag of several runs
+A folder for each line of a chart, `FOLDERS`, for TensorBoard takes folders for runs, and draws one tag of several runs
 into one chart: ``--logdir runs`` shows them as ``NAME/training`` and ``NAME/held-out``. Groups of tags are numbered,
 since TensorBoard sorts them: the loss comes first. TensorBoard's own record format and protocol buffers, without the
 writer thread of its ``SummaryWriter``: an error comes back at once, and TensorFlow, where it is installed, is not
@@ -20,31 +20,31 @@ from typing import IO, Any, NamedTuple
 from lit_qlora.console import tell
 
 PATTERN = "events.out.tfevents.*"
-TRAINING, HELD_OUT, FORECAST = PARTS = ("training", "held-out", "forecast")
+TRAINING_FOLDER, HELD_OUT_FOLDER, FORECAST_FOLDER = FOLDERS = ("training", "held-out", "forecast")
 """Folders in the run folder, one for each line of a chart."""
 
 LOSS = "1 Loss/nats per token"
 RESERVED = "4 Memory (GiB)/training, reserved"
 TAGS = {
-    "train/loss": (TRAINING, LOSS),
-    "val/loss": (HELD_OUT, LOSS),
-    "train/learning_rate": (TRAINING, "2 Learning/learning rate"),
-    "train/gradient_norm": (TRAINING, "2 Learning/gradient norm"),
-    "updates/applied": (TRAINING, "2 Learning/updates applied"),
-    "updates/skipped": (TRAINING, "2 Learning/updates skipped"),
-    "train/epoch": (TRAINING, "3 Speed/epoch"),
-    "speed/tokens_per_second": (TRAINING, "3 Speed/tokens per second"),
-    "speed/padding_share": (TRAINING, "3 Speed/share of padding"),
-    "memory/train_reserved_gib": (TRAINING, RESERVED),
-    "memory/predicted_reserved_gib": (FORECAST, RESERVED),
-    "train/accuracy": (TRAINING, "5 Tokens/accuracy"),
-    "val/accuracy": (HELD_OUT, "5 Tokens/accuracy"),
-    "train/perplexity": (TRAINING, "5 Tokens/perplexity"),
-    "val/perplexity": (HELD_OUT, "5 Tokens/perplexity"),
+    "train/loss": (TRAINING_FOLDER, LOSS),
+    "val/loss": (HELD_OUT_FOLDER, LOSS),
+    "train/learning_rate": (TRAINING_FOLDER, "2 Learning/learning rate"),
+    "train/gradient_norm": (TRAINING_FOLDER, "2 Learning/gradient norm"),
+    "updates/applied": (TRAINING_FOLDER, "2 Learning/updates applied"),
+    "updates/skipped": (TRAINING_FOLDER, "2 Learning/updates skipped"),
+    "train/epoch": (TRAINING_FOLDER, "3 Speed/epoch"),
+    "speed/tokens_per_second": (TRAINING_FOLDER, "3 Speed/tokens per second"),
+    "speed/padding_share": (TRAINING_FOLDER, "3 Speed/share of padding"),
+    "memory/train_reserved_gib": (TRAINING_FOLDER, RESERVED),
+    "memory/predicted_reserved_gib": (FORECAST_FOLDER, RESERVED),
+    "train/accuracy": (TRAINING_FOLDER, "5 Tokens/accuracy"),
+    "val/accuracy": (HELD_OUT_FOLDER, "5 Tokens/accuracy"),
+    "train/perplexity": (TRAINING_FOLDER, "5 Tokens/perplexity"),
+    "val/perplexity": (HELD_OUT_FOLDER, "5 Tokens/perplexity"),
 }
 """Part and tag of figures by their recorded name; others keep their name, or have it made by `_place`."""
 
-GROUPS = {"memory": ("4 Memory (GiB)", TRAINING), "samples": ("6 Sample answers", HELD_OUT)}
+GROUPS = {"memory": ("4 Memory (GiB)", TRAINING_FOLDER), "samples": ("6 Sample answers", HELD_OUT_FOLDER)}
 BEST = {f"val/{name}": f"7 Best adapter/held-out {name}" for name in ("loss", "perplexity", "accuracy")}
 """Tags of the best validation so far, whose last value is the run's result: the page HPARAMS compares runs by them."""
 
@@ -86,7 +86,7 @@ def text_event(part: str, step: int, tag: str, text: str) -> Event:
     """An event with a text, for the page of texts.
 
     Args:
-        part: one of `PARTS`.
+        part: one of `FOLDERS`.
         step: optimizer step.
         tag: name on the page.
         text: Markdown.
@@ -108,7 +108,7 @@ class Board:
     def __init__(self, folder: Path, config: str, settings: Mapping[str, Any]) -> None:
         self.folder = folder
         self._config, self._settings = config, settings
-        self._files = {part: sorted((folder / part).glob(PATTERN)) for part in PARTS}
+        self._files = {part: sorted((folder / part).glob(PATTERN)) for part in FOLDERS}
         """Of each part, the files of earlier starts; from `refresh` on, that of this one."""
         self._is_stale, self._is_doubled = True, False
         self._best = math.inf
@@ -141,7 +141,7 @@ class Board:
         if not (self._is_stale or self._is_doubled):
             return
         self._best = math.inf
-        asides = {part: self.folder / f"{_ASIDE}.{part}" for part in PARTS}
+        asides = {part: self.folder / f"{_ASIDE}.{part}" for part in FOLDERS}
         try:
             for aside in asides.values():
                 aside.unlink(missing_ok=True)
@@ -162,7 +162,7 @@ class Board:
             self._fail(error)
             return
         self._clear_earlier()
-        self._files = {part: [paths[part]] if part in paths else [] for part in PARTS}
+        self._files = {part: [paths[part]] if part in paths else [] for part in FOLDERS}
         self._is_stale, self._is_doubled, self.problem = False, False, None
 
     def _with_best(self, events: Iterable[Event]) -> Iterator[Event]:
@@ -172,13 +172,13 @@ class Board:
         tags = {TAGS[name][1]: tag for name, tag in BEST.items()}
         for event in events:
             yield event
-            if event.part != HELD_OUT:
+            if event.part != HELD_OUT_FOLDER:
                 continue
             found = {value.tag: value.simple_value for value in event.content.summary.value}
             if event.content.step and found.get(LOSS, math.inf) < self._best:
                 self._best = found[LOSS]
                 best = [Summary.Value(tag=tags[tag], simple_value=value) for tag, value in found.items() if tag in tags]
-                yield _event(TRAINING, event.content.step, best)
+                yield _event(TRAINING_FOLDER, event.content.step, best)
 
     def _clear_earlier(self) -> None:
         """Empty the newest and remove the rest: an open page must find the file that it reads to go to the next."""
@@ -191,7 +191,7 @@ class Board:
     def _about(self) -> Iterator[Event]:
         """What the run is: its configuration as a text, and for the page HPARAMS."""
         indented = "".join(f"    {line}\n" for line in self._config.splitlines())
-        yield text_event(TRAINING, 0, "config", indented)
+        yield text_event(TRAINING_FOLDER, 0, "config", indented)
         yield from _hyper_parameters(self._settings)
 
     def _new_path(self, part: str) -> Path:
@@ -214,7 +214,7 @@ def _place(name: str) -> tuple[str, str]:
         return TAGS[name]
     group, _, rest = name.partition("/")
     if group not in GROUPS:
-        return TRAINING, name
+        return TRAINING_FOLDER, name
     title, part = GROUPS[group]
     words = rest.removesuffix("_gib").replace("train_", "training, ").replace("load_", "loading, ")
     return part, f"{title}/{words.replace('validation_', 'validation, ').replace('_', ' ')}"
@@ -231,7 +231,7 @@ def _hyper_parameters(settings: Mapping[str, Any]) -> Iterator[Event]:
     values = {name: kinds[name](value) for name, value in given.items() if value is not None}
     # Without a trial of its own, a run would share one with each of the same settings.
     for summary in (hparams_config_pb(columns, metrics, 0), hparams_pb(values, trial_id="", start_time_secs=0)):
-        yield _event(TRAINING, 0, [*summary.value])
+        yield _event(TRAINING_FOLDER, 0, [*summary.value])
 
 
 def _opening() -> Iterator[Any]:

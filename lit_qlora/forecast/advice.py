@@ -20,7 +20,7 @@ from lit_qlora.model.optimizer import OPTIMIZERS
 BUDGETS = (512, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
 SHORTEST, LENGTH_STEP = 256, 64
 """Smallest max_length to suggest: below, a conversation loses its answers."""
-RANKS = (128, 96, 64, 48, 32, 24, 16, 8, 4)
+LORA_RANKS = (128, 96, 64, 48, 32, 24, 16, 8, 4)
 MINUTE = 1 / 60
 """Shortest epoch, in hours, that is worth a change."""
 GAIN = 0.03
@@ -123,7 +123,7 @@ def _smaller_optimizer(forecast: Forecast) -> list[Forecast]:
 
 def _smaller_ranks(forecast: Forecast) -> list[Forecast]:
     """Lower ranks, unless an adapter to start from fixes the rank."""
-    ranks = [rank for rank in RANKS if rank < forecast.lora.rank and not forecast.ranks]
+    ranks = [rank for rank in LORA_RANKS if rank < forecast.lora.rank and not forecast.ranks]
     return [replace(forecast, lora=replace(forecast.lora, rank=rank)) for rank in ranks]
 
 

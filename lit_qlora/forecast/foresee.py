@@ -76,7 +76,7 @@ class Host(NamedTuple):
     gb_per_s: float
 
 
-COLAB = Host(4 * GIB, 6.0)
+COLAB_HOST = Host(4 * GIB, 6.0)
 """Assumed for a card elsewhere: of Colab's 12.7 GB, what libraries and loading leave with a margin; of PCIe 3, half."""
 WORTH = 0.01
 """Smallest share of a micro-batch's time that one more in the same pass must save."""
@@ -156,7 +156,7 @@ class Forecast:
     num_devices: int = 1
     shard: bool | str = False
     shard_to: str = "gpu"
-    bus_gb_per_s: float = COLAB.gb_per_s
+    bus_gb_per_s: float = COLAB_HOST.gb_per_s
     limit: int | float = 1.0
     seed: int = 42
     samples: Samples = NO_SAMPLES
@@ -360,7 +360,7 @@ def foresee(
     Returns:
         The forecast; None without a card.
     """
-    beside = COLAB if card else current_host()
+    beside = COLAB_HOST if card else current_host()
     card = card or current_card()
     if card is None:
         return None
@@ -386,7 +386,7 @@ def foresee(
         num_devices=getattr(trainer, "num_processes", 1),
         shard=module.shard,
         shard_to=module.shard_to,
-        bus_gb_per_s=(beside or COLAB).gb_per_s,
+        bus_gb_per_s=(beside or COLAB_HOST).gb_per_s,
         limit=trainer.limit_train_batches,
         seed=data.seed,
         samples=samples,
@@ -492,5 +492,5 @@ def current_card() -> Card | None:
     except UserError:  # a card outside the table has no known rates
         known = Card(device.name, 0, device.capability)
     # Free memory excludes what CUDA and NCCL hold already; the formulas include it.
-    held = memory.CONTEXT + (memory.EXCHANGE if world().size > 1 else 0)
+    held = memory.CUDA_CONTEXT + (memory.EXCHANGE if world().size > 1 else 0)
     return replace(known, memory_gib=(device.memory_bytes + held) / GIB, capability=device.capability)

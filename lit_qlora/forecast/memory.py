@@ -19,7 +19,7 @@ from lit_qlora.model.optimizer import OPTIMIZERS
 from lit_qlora.model.shape import NF4_BLOCK, Shape
 from lit_qlora.storage.files import GIB
 
-CONTEXT = int(0.35 * GIB)
+CUDA_CONTEXT = int(0.35 * GIB)
 """Bytes of CUDA's own per process, kernels included. An estimate, not measured on a T4; 0.6 GiB on an H100."""
 EXCHANGE = int(0.5 * GIB)
 """Bytes that NCCL holds per process of several: 470 MiB for a first group on an RTX 3060 (sgl-project/sglang#35538),
@@ -148,7 +148,7 @@ class StepMemory:
     @property
     def total(self) -> int:
         """To be compared with ``torch.cuda.max_memory_allocated()``."""
-        return sum(getattr(self, name) for name in PARTS)
+        return sum(getattr(self, name) for name in MEMORY_PARTS)
 
     @property
     def reserved(self) -> int:
@@ -160,10 +160,10 @@ class StepMemory:
     @property
     def on_card(self) -> int:
         """All memory that the card must have, CUDA's context included."""
-        return self.reserved + self.kernels + self.exchange + CONTEXT
+        return self.reserved + self.kernels + self.exchange + CUDA_CONTEXT
 
 
-PARTS = {part.name: part.metadata["words"] for part in fields(StepMemory) if part.metadata}
+MEMORY_PARTS = {part.name: part.metadata["words"] for part in fields(StepMemory) if part.metadata}
 """The parts of `StepMemory.total`, in words."""
 
 
@@ -263,7 +263,7 @@ def small_blocks(step: Step) -> int:
     return max(map(small, {step.tokens} | {tokens for tokens in shorter if tokens < step.tokens})) - small(step.tokens)
 
 
-def swiglu_backward(step: Step) -> int:
+def swiglu_backward_peak(step: Step) -> int:
     """A layer's peak in backward, beyond what it keeps: the residual's gradient and four of SwiGLU's."""
     return step.element * (step.shape.hidden + 4 * step.shape.linears["gate_proj"][1])
 
@@ -331,13 +331,13 @@ def moments(step: Step) -> list[StepMemory]:
     again = replace(
         always,
         # Of the others that go with it, the gradients before and behind the layer.
-        layer=step.tokens * (kept_in_layer(step) + swiglu_backward(step) + 2 * others * state),
+        layer=step.tokens * (kept_in_layer(step) + swiglu_backward_peak(step) + 2 * others * state),
         dequantisation=0 if is_open else scratch if step.sharers else held,
     )
     once = replace(
         always,
         # Or the last norm, in fp32; of the others that go with it, what the norm and the loss keep.
-        layer=step.tokens * (max(swiglu_backward(step), 24 * shape.hidden) + 3 * others * state),
+        layer=step.tokens * (max(swiglu_backward_peak(step), 24 * shape.hidden) + 3 * others * state),
         dequantisation=0 if is_open else scratch,
     )
     # The last step's gradients exist until backward begins; with accumulation all the time, and each micro-batch

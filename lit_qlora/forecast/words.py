@@ -14,14 +14,14 @@ from lit_qlora.place import COMMAND
 from lit_qlora.storage.files import GIB
 from lit_qlora.wording import duration, number_of
 
-SLOW = (
+SLOW_LAYERS = (
     "  transformers' own layers (model.own_layers false, DoRA, lora_bias) take more time and memory than these figures"
 )
 REACHED = 0.7
 """The share of a roofline's speed that whole runs reach with few other fused kernels: an estimate."""
 
 
-def lines(forecast: Forecast) -> Iterator[str]:
+def forecast_lines(forecast: Forecast) -> Iterator[str]:
     """The lines that a fit reports before it starts: memory against the card, part by part, the host and the time."""
     card, peak, gib = forecast.card, forecast.peak, forecast.needed_gib
     share = gib / card.memory_gib
@@ -44,16 +44,16 @@ def memory_lines(forecast: Forecast) -> Iterator[str]:
     yield f"{f'memory at its highest: {peak.moment}':<52}{'GiB' if unit == GIB else 'MiB':>8}"
     share = peak.on_card / GIB / card.memory_gib
     rows = [
-        *((words, getattr(peak, part)) for part, words in memory.PARTS.items()),
+        *((words, getattr(peak, part)) for part, words in memory.MEMORY_PARTS.items()),
         ("allocated (torch.cuda.max_memory_allocated)", peak.total),
         ("held beside: recorded kernels have their own pool", peak.apart),
         (f"fragmentation, {memory.FRAGMENTATION:.0%}", peak.reserved - peak.total - peak.apart),
-        ("CUDA context", memory.CONTEXT),
+        ("CUDA context", memory.CUDA_CONTEXT),
         (f"CUDA's own of {step.num_recordings} recordings", peak.kernels),
         (f"NCCL's own, of {forecast.num_devices} cards: published, not measured", peak.exchange),
         (f"in all, {share:.0%} of {card.memory_gib:.2f} GiB", peak.on_card),
     ]
-    yield from (line(words, size, unit) for words, size in rows if size)
+    yield from (table_line(words, size, unit) for words, size in rows if size)
     others = [f"{one.moment} {one.total / unit:.2f}" for one in forecast.moments if one.moment != peak.moment]
     yield f"  allocated at other moments: {', '.join(others)}"
     if step.sharers:
@@ -64,7 +64,7 @@ def memory_lines(forecast: Forecast) -> Iterator[str]:
         assumed = " (assumed)" if samples.are_assumed else ""
         yield f"  sample answers: {prompts}{assumed}, {samples.new_tokens} new ones each"
     if forecast.is_slow:
-        yield SLOW
+        yield SLOW_LAYERS
 
 
 def shared_lines(forecast: Forecast) -> Iterator[str]:
@@ -100,8 +100,8 @@ def host_lines(forecast: Forecast, before: Sequence[tuple[str, int]] = ()) -> It
         (f"run folder, with {keep_checkpoints} checkpoints", run_folder_bytes(trained, keep_checkpoints)),
     ]
     yield f"{'host and disk':<52}{'GiB':>8}"
-    yield from (line(*row) for row in before)
-    yield from (line(*row) for row in beside if row[1])
+    yield from (table_line(*row) for row in before)
+    yield from (table_line(*row) for row in beside if row[1])
 
 
 def time_lines(forecast: Forecast, behind: str = "") -> Iterator[str]:
@@ -141,7 +141,7 @@ def uneven(accumulate: int, num_devices: int) -> str:
     return f" (--trainer.accumulate_grad_batches {accumulate + num_devices - rest} shares out evenly)" if rest else ""
 
 
-def line(what: str, size: float, unit: int = GIB) -> str:
+def table_line(what: str, size: float, unit: int = GIB) -> str:
     """A line of such a table.
 
     Args:

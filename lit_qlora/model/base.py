@@ -23,7 +23,7 @@ from lit_qlora.storage.files import LFS, parse_json, unreadable
 from lit_qlora.storage.folders import ADAPTER_CONFIG
 from lit_qlora.storage.reach import stored_file, use_cache_if_silent
 
-WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 """Where weights are searched for: in the one file, else in those named by the index, as in transformers."""
 
 base_error = partial(UserError, option="model.base")
@@ -152,10 +152,10 @@ def _check_files(base: Base, files: Collection[str]) -> None:
             problem += ", and pickled ones are never read"
             remedy = "convert it (save_pretrained writes safetensors) or take another copy"
         raise base_error(problem, remedy=remedy)
-    if not {WHOLE, INDEX} & {*files}:
+    if not {ONE_FILE, INDEX} & {*files}:
         raise base_error(
-            f"{base.name} has neither {WHOLE} nor {INDEX}, and {tensors[0]} is no name that transformers loads",
-            remedy=f"if it holds the weights of this config.json, rename it to {WHOLE}",
+            f"{base.name} has neither {ONE_FILE} nor {INDEX}, and {tensors[0]} is no name that transformers loads",
+            remedy=f"if it holds the weights of this config.json, rename it to {ONE_FILE}",
         )
     if Path(base.location).is_dir():
         try:
@@ -201,7 +201,7 @@ def _ask_hub(name: str) -> tuple[Path, set[str]]:
 
 def missing_bytes(base: Base) -> int:
     """Bytes still to download before loading: the 16-bit weights that are in neither folder nor cache."""
-    is_here = stored_file(base.location, WHOLE) or stored_file(base.location, INDEX)
+    is_here = stored_file(base.location, ONE_FILE) or stored_file(base.location, INDEX)
     return 0 if is_here else 2 * base.shape.num_parameters
 
 
@@ -222,8 +222,8 @@ def weight_files(base: Base, find: Callable[[str, str], Path | None] = stored_fi
         FileNotFoundError: one is not downloaded yet.
         UserError: the index can't be read, or names a file that is not beside it.
     """
-    index = None if find(base.location, WHOLE) else find(base.location, INDEX)
-    names = _shards(base, index) if index else [WHOLE]
+    index = None if find(base.location, ONE_FILE) else find(base.location, INDEX)
+    names = _shards(base, index) if index else [ONE_FILE]
     files = {name: find(base.location, name) for name in names}
     missing = [name for name, file in files.items() if file is None]
     if missing:

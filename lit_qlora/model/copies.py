@@ -21,7 +21,7 @@ from lit_qlora.console import counted
 from lit_qlora.errors import UserError
 from lit_qlora.model.base import Base, commit, find_base
 from lit_qlora.model.config import for_transformers
-from lit_qlora.model.fingerprint import ORIGINAL, fingerprint, shown, write_original
+from lit_qlora.model.fingerprint import ORIGINAL, fingerprint, short, write_original
 from lit_qlora.model.load import nf4, quantise, read_tensor
 from lit_qlora.model.weights import BUFFER, check_weights, fetch, is_linear, stored_tensors
 from lit_qlora.storage.files import free_bytes, parse_json, size
@@ -40,7 +40,7 @@ KEPT = 3
 
 CHECKED = "checked.json"
 """The file in a copy that records its state when it was last verified in full."""
-PLACES, AT_EACH = 32, 16_384
+FILE_PLACES, BYTES_PER_PLACE = 32, 16_384
 """A file's sample: places, beginning and end among them, and bytes at each."""
 
 _COPY = re.compile(r".+-[0-9a-f]+-nf4-\w+-\w+")
@@ -165,7 +165,7 @@ def _in_4_bits(base: Base, dtype: torch.dtype, device: torch.device) -> Iterator
 def _name(base: Base, dtype: torch.dtype | Literal["*"], device_type: str) -> str:
     """The name of a copy's folder: which base, in which state, and how it was quantised."""
     # A commit is known before any weight is downloaded; a folder is known by its content.
-    state = commit(base) or shown(fingerprint(base))
+    state = commit(base) or short(fingerprint(base))
     name = re.sub(r"[*?\[]", "_", base.public_name.replace("/", "--"))  # which have a meaning in a glob pattern
     return f"{name}-{state[:12]}-nf4-{str(dtype).removeprefix('torch.')}-{device_type}"
 
@@ -207,8 +207,8 @@ def _state(folder: Path) -> dict[str, Any] | None:
 def _sample(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
-        last = max(os.fstat(file.fileno()).st_size - AT_EACH, 0)
-        for place in range(PLACES):
-            file.seek(last * place // (PLACES - 1))
-            digest.update(file.read(AT_EACH))
+        last = max(os.fstat(file.fileno()).st_size - BYTES_PER_PLACE, 0)
+        for place in range(FILE_PLACES):
+            file.seek(last * place // (FILE_PLACES - 1))
+            digest.update(file.read(BYTES_PER_PLACE))
     return digest.hexdigest()

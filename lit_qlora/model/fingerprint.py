@@ -22,11 +22,11 @@ from lit_qlora.storage.foreign import object_in
 from lit_qlora.storage.reach import stored_file
 from lit_qlora.storage.run import RECORD
 
-VERSION = "v2"
+FINGERPRINT_VERSION = "v2"
 ORIGINAL = "lit_qlora_original.json"
 """The file in a 4-bit copy that identifies its base."""
 
-PLACES, AT_EACH = 8, 512
+NUM_PLACES, VALUES_PER_PLACE = 8, 512
 """The sample of a large tensor: places, and values at each."""
 WHOLE_UP_TO = 16_384
 """Most values of a tensor that is read as a whole: every norm."""
@@ -72,7 +72,7 @@ def write_original(folder: Path, copy: Base, base: Base) -> None:
     (folder / ORIGINAL).write_text(json.dumps(stated, indent=2), encoding="utf-8")
 
 
-def shown(recorded: str) -> str:
+def short(recorded: str) -> str:
     """A fingerprint, shortened for a message."""
     return (recorded.split("-")[2] if recorded.count("-") == 3 else recorded)[:SHOWN_DIGITS]
 
@@ -96,7 +96,7 @@ def _sampled(base: Base) -> str:
     kind = "4bit" if base.in_4_bits else "full"
     whole = hashlib.sha256(f"{rules} {plain} {linear}".encode()).hexdigest()
     rest = hashlib.sha256(f"{rules} {plain} {object_in(merged) if merged else ''}".encode()).hexdigest()
-    return "-".join((VERSION, kind, whole[:32], rest[:32]))
+    return "-".join((FINGERPRINT_VERSION, kind, whole[:32], rest[:32]))
 
 
 @lru_cache(maxsize=16)
@@ -122,11 +122,11 @@ def _places(name: str, num_values: int) -> Iterator[tuple[int, int]]:
     if num_values <= WHOLE_UP_TO:
         yield 0, num_values
         return
-    stride = num_values // PLACES
+    stride = num_values // NUM_PLACES
     chance = hashlib.sha256(name.encode()).digest()
-    for place in range(PLACES):
+    for place in range(NUM_PLACES):
         (number,) = struct.unpack_from("<I", chance, 4 * place)
-        yield place * stride + number % (stride - AT_EACH), AT_EACH
+        yield place * stride + number % (stride - VALUES_PER_PLACE), VALUES_PER_PLACE
 
 
 def _in_fp32(stored: bytes, dtype: str) -> bytes:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from lit_qlora.devices.world import world
 
-SHARE = 2
+ROOM_SHARE = 2
 """The part of the available memory that what is kept to save time may take, as one of so many."""
 
 
@@ -25,4 +25,4 @@ def memory_bytes() -> tuple[int, int] | None:
 def room_bytes() -> int:
     """What this process, of those of this machine, may keep to save time; 0 where the memory is unknown."""
     memory = memory_bytes()
-    return memory[1] // SHARE // world().local_size if memory else 0
+    return memory[1] // ROOM_SHARE // world().local_size if memory else 0

@@ -23,7 +23,7 @@ ONE_THREAD_BELOW = 20_000_000
 """Number of weights below which threads on a CPU mostly wait for each other: beside another process, the demo took 17
 times as long on two threads as on one."""
 
-DTYPES = {
+STORED_DTYPES = {
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "U8": torch.uint8,
 }  # fmt: skip
 """safetensors' names of dtypes."""
@@ -97,7 +97,7 @@ def quantise(stored: Stored, dtype: torch.dtype, device: torch.device) -> Any:
 def read_tensor(stored: Stored) -> torch.Tensor:
     """A whole tensor of a file."""
     (found,) = stored.read([(0, stored.num_values)])
-    return torch.frombuffer(bytearray(found), dtype=DTYPES[stored.dtype]).reshape(stored.shape)
+    return torch.frombuffer(bytearray(found), dtype=STORED_DTYPES[stored.dtype]).reshape(stored.shape)
 
 
 def settle(model: "PreTrainedModel", dtype: torch.dtype) -> None:

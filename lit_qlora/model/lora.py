@@ -19,7 +19,7 @@ from lit_qlora.errors import UserError, one_line, require
 from lit_qlora.model import lora_config
 from lit_qlora.model.architectures import LINEARS
 from lit_qlora.model.base import Base
-from lit_qlora.model.fingerprint import fingerprint, shown
+from lit_qlora.model.fingerprint import fingerprint, short
 from lit_qlora.model.shape import target_names
 from lit_qlora.storage.files import disk_error, unreadable
 from lit_qlora.storage.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, MANIFEST, DamagedFolderError, verify_folder
@@ -45,7 +45,7 @@ noticed."""
 Shapes = Mapping[str, list[int]]
 """Shapes of weights, by their names."""
 
-TEXTS = ("base", "base_fingerprint", "base_dtype")
+BASE_KEYS = ("base", "base_fingerprint", "base_dtype")
 """Optional keys of the record about the base."""
 
 
@@ -110,7 +110,7 @@ def _settings(folder: Path) -> dict[str, Any]:
     return {name: config.get(key) or False for name, key in IN_CONFIG.items()}
 
 
-def digest(folder: Path) -> str:
+def weights_digest(folder: Path) -> str:
     """A sha256 over the weights of an adapter, by which a copy of it elsewhere is the same one."""
     with (folder / ADAPTER_WEIGHTS).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -165,8 +165,8 @@ def load_adapter(
     recorded = record["base_fingerprint"]
     if recorded not in (None, fingerprint(base)):
         raise UserError(
-            f"this adapter was trained on {record['base']} ({shown(str(recorded))}), the base given "
-            f"is {base.public_name} ({shown(fingerprint(base))})",
+            f"this adapter was trained on {record['base']} ({short(str(recorded))}), the base given "
+            f"is {base.public_name} ({short(fingerprint(base))})",
             place=folder,
             remedy="give its own with --model.base or --base",
         )
@@ -305,19 +305,19 @@ def read_record(folder: Path) -> dict[str, Any]:
     record: dict[str, Any] = {"base": None, "base_fingerprint": None}
     if (folder / RECORD).is_file():
         record |= DEFAULT_FORMAT.record() | read_object(folder / RECORD)
-        for name in TEXTS:
+        for name in BASE_KEYS:
             stated = record.get(name)
             require(isinstance(stated, str | None), name, "a text", stated, place=f"{folder}: {RECORD}")
         if not record["base"] or not record["base_fingerprint"]:
             raise UserError(
-                f"its {RECORD} does not name its base: it was altered", place=folder, remedy=lora_config.REMEDY
+                f"its {RECORD} does not name its base: it was altered", place=folder, remedy=lora_config.AS_SAVED
             )
-        _check_unaltered(folder, record, lora_config.REMEDY)
+        _check_unaltered(folder, record, lora_config.AS_SAVED)
     else:
         of = config.get("base_model_name_or_path")
         record["base"] = of if isinstance(of, str) and of.strip() else None
         record |= chosen(_template_in(folder)).record()
-    lora_config.check(folder, config)
+    lora_config.check_config(folder, config)
     stored = stored_shapes(folder)
     lora_config.check_ranks(folder, config, stored)
     elsewhere = next((name for name in sorted(stored) if not PLACE.match(name)), None)

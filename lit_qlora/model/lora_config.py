@@ -18,7 +18,7 @@ from lit_qlora.storage.adapter import is_adapter
 from lit_qlora.storage.folders import URL
 from lit_qlora.storage.foreign import FLAG, SHARE, Kind, shown, whole
 
-REMEDY = "take an adapter that is as it was saved"
+AS_SAVED = "take an adapter that is as it was saved"
 LARGEST_COUNT = 65_536
 """Highest rank or index of a layer: far above those of any adapter."""
 MATCHED_IN_S, MATCHED_LAYERS = 20, 80
@@ -90,7 +90,7 @@ HARMLESS: dict[str, list[Any]] = {"bias": ["none"], "init_lora_weights": [True, 
 """Values of those that count as unset: with the last three, the base is unchanged."""
 
 
-def check(folder: Path, config: Mapping[str, Any]) -> None:
+def check_config(folder: Path, config: Mapping[str, Any]) -> None:
     """Check that an adapter is one that can be computed here.
 
     Args:
@@ -102,7 +102,7 @@ def check(folder: Path, config: Mapping[str, Any]) -> None:
     """
     for name in ("r", "lora_alpha"):
         if config.get(name) is None:
-            raise UserError(f"adapter_config.json lacks {name}", place=folder, remedy=REMEDY)
+            raise UserError(f"adapter_config.json lacks {name}", place=folder, remedy=AS_SAVED)
     for name, value in config.items():
         if name in WITHOUT_EFFECT or value is None:
             continue
@@ -141,13 +141,13 @@ def check_ranks(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, Se
             raise UserError(
                 f"adapter_config.json gives {layer} the rank {rank}, and its weights have {shape[0]}",
                 place=folder,
-                remedy=REMEDY,
+                remedy=AS_SAVED,
             )
     most = max((max(shape) for shape in stored.values()), default=0)
     too_large = [rank for rank in (config["r"], *patterns.values()) if rank > most]
     if stored and too_large:
         raise UserError(
-            f"adapter_config.json has a rank of {too_large[0]}, and no layer is as wide", place=folder, remedy=REMEDY
+            f"adapter_config.json has a rank of {too_large[0]}, and no layer is as wide", place=folder, remedy=AS_SAVED
         )
 
 
@@ -197,7 +197,7 @@ def _check_patterns(folder: Path, config: Mapping[str, Any]) -> None:
         those = cut(" ".join(shown for shown, _ in patterns))
         raise UserError(f"{what} takes too long to match: {those}", place=folder, remedy="give names") from error
     if done.stdout:
-        raise UserError(f"{what} is none: {cut(done.stdout.strip())}", place=folder, remedy=REMEDY)
+        raise UserError(f"{what} is none: {cut(done.stdout.strip())}", place=folder, remedy=AS_SAVED)
 
 
 def arguments(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -204,8 +204,8 @@ class QLoRAModule(LearnsInParts):
 
     @cached_property
     def adapter_digest(self) -> str | None:
-        """The `lora.digest` of the adapter to start from; None without one."""
-        return lora.digest(self.adapter) if self.adapter else None
+        """The `lora.weights_digest` of the adapter to start from; None without one."""
+        return lora.weights_digest(self.adapter) if self.adapter else None
 
     @property
     def _data(self) -> Any:
@@ -391,7 +391,7 @@ class QLoRAModule(LearnsInParts):
         if self.standalone:
             key = self.CHECKPOINT_HYPER_PARAMS_KEY  # a subclass's save_hyperparameters may have put its own there
             checkpoint[key] = {**self.options, **checkpoint.get(key, {})}
-            checkpoint[script.OF] = script.record(self.base, self.lora, self.prompt_format) | {"kept": self._kept()}
+            checkpoint[script.OF] = script.to_record(self.base, self.lora, self.prompt_format) | {"kept": self._kept()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the prompt format.
@@ -446,7 +446,7 @@ class QLoRAModule(LearnsInParts):
 
     def on_train_start(self) -> None:
         """Reset the sums of the figures. Raises UserError if other weights than the adapter's would be trained."""
-        script.check_weights(self, lora.adapter_parameters(self))
+        script.check_trained(self, lora.adapter_parameters(self))
         self._take_over()
         if self._data is None:
             name = self.prompt_format.record()["prompt_format"]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lit_qlora.model.device import AMPERE, TRITON
 
-WORDS = 256
+WORDS_PER_PROGRAM = 256
 """Words of 8 values that one program dequantises: two for each of its threads."""
 
 
@@ -37,9 +37,9 @@ def dequantise(values: Tensor, state: Any, offset: Tensor | None) -> Tensor:
         inner = state.state2.code, state.state2.absmax, float(offset), state.state2.blocksize
     with torch.cuda.device(values.device):
         # Without fused multiply-adds: bitsandbytes rounds the product of a nested scale before it adds the offset.
-        _dequantise[(triton.cdiv(out.numel(), 8 * WORDS),)](
+        _dequantise[(triton.cdiv(out.numel(), 8 * WORDS_PER_PROGRAM),)](
             values.view(-1).view(torch.int32), _codes(values.device), state.absmax, *inner[:3], out, out.numel() // 8,
-            state.blocksize // 8, inner[3], WORDS, enable_fp_fusion=False,
+            state.blocksize // 8, inner[3], WORDS_PER_PROGRAM, enable_fp_fusion=False,
         )  # fmt: skip
     return out
 

@@ -36,7 +36,7 @@ from lit_qlora.devices.strategy import Replicas
 from lit_qlora.errors import UserError, excerpt, require
 from lit_qlora.model.base import Base
 from lit_qlora.model.device import check_kernels, choose_precision, compute_dtype, current_device
-from lit_qlora.model.fingerprint import fingerprint, shown
+from lit_qlora.model.fingerprint import fingerprint, short
 from lit_qlora.model.lora import Lora
 from lit_qlora.place import COMMAND
 from lit_qlora.text.formats import PromptFormat, from_record
@@ -86,7 +86,7 @@ def check_trainer(trainer: Trainer) -> None:
         raise UserError("torch.compile can't be used on it", option="model", remedy="leave it out: see model.compile")
 
 
-NEEDED = (
+NEEDED_HOOKS = (
     "setup", "configure_model", "configure_callbacks", "on_train_start", "on_train_batch_start", "on_after_backward",
     "on_before_optimizer_step", "backward", "on_validation_start", "on_validation_epoch_end", "on_test_epoch_end",
     "on_save_checkpoint", "on_load_checkpoint",
@@ -99,12 +99,12 @@ def check_hooks(subclass: type, base: type) -> None:
 
     Args:
         subclass: of the module.
-        base: the module's class, with the hooks of `NEEDED`.
+        base: the module's class, with the hooks of `NEEDED_HOOKS`.
 
     Raises:
         UserError: for the first that does not.
     """
-    for name in NEEDED:
+    for name in NEEDED_HOOKS:
         hook = getattr(subclass, name)
         code = getattr(unwrap(hook), "__code__", None)  # none of what is no function, such as a stand-in in a test
         if code and hook is not getattr(base, name) and name not in code.co_names:
@@ -114,7 +114,7 @@ def check_hooks(subclass: type, base: type) -> None:
             )
 
 
-def check_weights(module: LightningModule, adapter: Mapping[str, torch.Tensor]) -> None:
+def check_trained(module: LightningModule, adapter: Mapping[str, torch.Tensor]) -> None:
     """Check that the adapter's weights are trained, in fp32, and no others, which no checkpoint would hold.
 
     Args:
@@ -218,7 +218,7 @@ def check_batch(batch: Any, num_ids: int) -> None:
         raise UserError(problem, option="dataloaders", remedy="make its rows with the tokenizer of the base")
 
 
-def record(base: Base, lora: Lora, prompt_format: PromptFormat) -> dict[str, Any]:
+def to_record(base: Base, lora: Lora, prompt_format: PromptFormat) -> dict[str, Any]:
     """What a checkpoint holds under `OF`.
 
     Args:
@@ -250,8 +250,8 @@ def recorded_format(of: Mapping[str, Any], base: Base, lora: Lora, given: Prompt
         raise UserError(f"the checkpoint was altered: its part {OF} is not whole", option="ckpt_path")
     if of["base_fingerprint"] != fingerprint(base):
         raise UserError(
-            f"the checkpoint was trained on another base ({shown(of['base_fingerprint'])}) than "
-            f"{base.name} ({shown(fingerprint(base))})",
+            f"the checkpoint was trained on another base ({short(of['base_fingerprint'])}) than "
+            f"{base.name} ({short(fingerprint(base))})",
             option="ckpt_path",
             remedy="give its own as base",
         )

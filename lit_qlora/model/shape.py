@@ -26,7 +26,7 @@ def _llama_2(hidden: int, inner: int, layers: int, heads: int, key_value_heads: 
     }
 
 
-LLAMA_2 = {
+LLAMA_2_SIZES = {
     "7b": _llama_2(4096, 11008, 32, 32, 32),
     "13b": _llama_2(5120, 13824, 40, 40, 40),
     "70b": _llama_2(8192, 28672, 80, 64, 8),
@@ -41,7 +41,7 @@ NF4_TABLES = 4 * (16 + 256 + 1)
 def known_config(base: str) -> dict[str, Any] | None:
     """The sizes of a Llama 2 by hub id, known without a download; None for any other."""
     found = re.fullmatch(r"(?:nousresearch/llama-2-(\d+b)-hf|meta-llama/llama-2-(\d+b)(?:-chat)?-hf)", base.lower())
-    return LLAMA_2.get(found[1] or found[2]) if found else None
+    return LLAMA_2_SIZES.get(found[1] or found[2]) if found else None
 
 
 def head_width_of(config: Mapping[str, Any]) -> int:

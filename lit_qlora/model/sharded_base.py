@@ -17,9 +17,9 @@ from lit_qlora.model.attention import implementation_of
 from lit_qlora.model.base import Base
 from lit_qlora.model.config import for_transformers
 from lit_qlora.model.device import Attention
-from lit_qlora.model.load import DTYPES, nf4, quantise, read_tensor, settle
+from lit_qlora.model.load import STORED_DTYPES, nf4, quantise, read_tensor, settle
 from lit_qlora.model.shape import Shape
-from lit_qlora.model.shards import Packed, Part, Shards
+from lit_qlora.model.shards import Packed, Shards, TensorPart
 from lit_qlora.model.weights import STATE, Stored, check_weights, fetch, stored_tensors
 from lit_qlora.storage.files import size
 
@@ -135,14 +135,14 @@ def _stored(stored: Mapping[str, Stored], name: str, device: torch.device) -> Pa
     return Packed(state, tuple(_part(one) for one in (stored[name], *(beside[key] for key in shared if key in beside))))
 
 
-def _part(stored: Stored) -> Part:
+def _part(stored: Stored) -> TensorPart:
     width = stored.value_bytes
 
     def read(first: int, count: int) -> Tensor:
         (found,) = stored.read([(first // width, count // width)])
         return torch.frombuffer(bytearray(found), dtype=torch.uint8)
 
-    return Part(DTYPES[stored.dtype], stored.shape, read)
+    return TensorPart(STORED_DTYPES[stored.dtype], stored.shape, read)
 
 
 def _quantised(stored: Stored, dtype: torch.dtype, device: torch.device) -> Packed:
@@ -154,6 +154,6 @@ def _quantised(stored: Stored, dtype: torch.dtype, device: torch.device) -> Pack
     return packed
 
 
-def _made(tensor: Tensor) -> Part:
+def _made(tensor: Tensor) -> TensorPart:
     raw = tensor.contiguous().view(torch.uint8).flatten()
-    return Part(tensor.dtype, tuple(tensor.shape), lambda first, count: raw[first : first + count])
+    return TensorPart(tensor.dtype, tuple(tensor.shape), lambda first, count: raw[first : first + count])

@@ -23,7 +23,7 @@ ALIGNED = 256
 """Each tensor starts at a multiple of so many bytes, as with torch's own allocator: kernels read several at once."""
 
 
-class Part(NamedTuple):
+class TensorPart(NamedTuple):
     """A tensor of a layer, of which some bytes can be had: ``read(first, count)`` gives them as uint8."""
 
     dtype: torch.dtype
@@ -42,7 +42,7 @@ class Packed(NamedTuple):
     """
 
     state: Any
-    parts: tuple[Part, ...]
+    parts: tuple[TensorPart, ...]
 
 
 class Shards:
@@ -249,7 +249,7 @@ def _aligned(num_bytes: int) -> int:
     return -(-num_bytes // ALIGNED) * ALIGNED
 
 
-def _places(parts: Sequence[Part]) -> Iterator[int]:
+def _places(parts: Sequence[TensorPart]) -> Iterator[int]:
     """Where each of ``parts`` starts, in bytes."""
     place = 0
     for part in parts:

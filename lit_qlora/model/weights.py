@@ -14,7 +14,7 @@ from typing import NamedTuple
 from lit_qlora.console import bars
 from lit_qlora.errors import UserError, one_line
 from lit_qlora.model.architectures import LINEARS, PLACES
-from lit_qlora.model.base import INDEX, WHOLE, Base, base_error, weight_files
+from lit_qlora.model.base import INDEX, ONE_FILE, Base, base_error, weight_files
 from lit_qlora.storage.files import parse_json, unreadable
 from lit_qlora.storage.reach import stored_file
 
@@ -110,7 +110,7 @@ def fetch(base: Base) -> None:
             return stored_file(location, name) or Path(hf_hub_download(location, name, tqdm_class=bar))
         except EntryNotFoundError as error:
             is_there = isinstance(error, LocalEntryNotFoundError) and not (
-                name == WHOLE and stored_file(location, INDEX)
+                name == ONE_FILE and stored_file(location, INDEX)
             )
             if is_there:  # as far as is known: the hub can't be asked
                 raise

@@ -26,7 +26,7 @@ CARD = "README.md"
 """The model card of an adapter or a merged model; editing it is no damage, since it does not alter the model."""
 ADAPTER_CONFIG, ADAPTER_WEIGHTS, RESULT = "adapter_config.json", "adapter_model.safetensors", "result.json"
 """The files of an adapter: peft's two, and the step and held-out figures of one that a run saved."""
-VERSION = 1
+MANIFEST_VERSION = 1
 ABANDONED_S = 86_400
 """Seconds after which an unfinished folder counts as left by a kill, even where several processes write."""
 _LEFTOVER = re.compile(r"\.(?P<target>.+)\.(?P<kind>old|tmp|gone)-\d+-[0-9a-f]{8}")
@@ -231,7 +231,7 @@ def _seal(folder: Path) -> None:
         sync_file(folder / name)
     files = {name: _measure(folder, name) for name in names}
     manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({"version": VERSION, "files": files}, indent=1) + "\n", encoding="utf-8")
+    manifest.write_text(json.dumps({"version": MANIFEST_VERSION, "files": files}, indent=1) + "\n", encoding="utf-8")
     sync_file(manifest)
     for subfolder in (path for path in folder.rglob("*") if path.is_dir()):
         sync_folder(subfolder)
@@ -239,7 +239,7 @@ def _seal(folder: Path) -> None:
 
 
 def _read_manifest(folder: Path) -> dict[str, dict[str, int | str]]:
-    expected = f"a manifest of version {VERSION}"
+    expected = f"a manifest of version {MANIFEST_VERSION}"
     try:
         manifest = parse_json((folder / MANIFEST).read_bytes())
     except FileNotFoundError:
@@ -247,9 +247,9 @@ def _read_manifest(folder: Path) -> dict[str, dict[str, int | str]]:
     except (OSError, ValueError) as error:
         raise DamagedFolderError(folder, MANIFEST, expected, unreadable(error)) from error
     match manifest:
-        case {"version": int(version), "files": dict(files)} if version == VERSION:
+        case {"version": int(version), "files": dict(files)} if version == MANIFEST_VERSION:
             pass
-        case {"version": version} if version != VERSION:
+        case {"version": version} if version != MANIFEST_VERSION:
             raise DamagedFolderError(folder, MANIFEST, expected, f"version {excerpt(version)}")
         case _:
             raise DamagedFolderError(folder, MANIFEST, expected, "JSON of another kind")

@@ -29,13 +29,13 @@ from lit_qlora.storage.folders import (
 from lit_qlora.storage.run import EVENTS, RunFolder
 from lit_qlora.storage.settings import refused
 
-KEPT = 2
+MIRRORED_CHECKPOINTS = 2
 """Checkpoints in a copy."""
-MARK = ".mirror"
+MIRROR_MARK = ".mirror"
 """A file by which the opened folder differs from one of its name on the disk below an unmounted drive."""
-COLAB, FSTAB = Path("/content/drive"), Path("/etc/fstab")
+COLAB_DRIVE, FSTAB = Path("/content/drive"), Path("/etc/fstab")
 """Colab's mount point of Google Drive, and Linux's list of mount points."""
-TRIES = 3
+COPY_TRIES = 3
 """Attempts at one copy while the run keeps saving."""
 
 
@@ -54,7 +54,7 @@ class Mirror:
     ) -> None:
         self.run, self.parent, self.tell, self.check = run, parent, tell, check
         self.copy = RunFolder(parent / run.path.resolve().name)
-        self._mark, self._token = self.copy.path / MARK, secrets.token_hex(8)
+        self._mark, self._token = self.copy.path / MIRROR_MARK, secrets.token_hex(8)
         self._copied: dict[Path, tuple[int, int]] = {}
         self._num_changes = 0
         self._wanted, self._is_closing = threading.Event(), False
@@ -195,12 +195,12 @@ class Mirror:
 
     def _copy_newest(self) -> None:
         """Copy the newest state; starts over if the run meanwhile replaced it."""
-        for number in range(1, TRIES + 1):
+        for number in range(1, COPY_TRIES + 1):
             before = self._newest()
             try:
                 self._copy_once(before[0])
             except (OSError, DamagedFolderError):
-                if number == TRIES or self._newest() == before:
+                if number == COPY_TRIES or self._newest() == before:
                     raise
             else:
                 return
@@ -235,7 +235,7 @@ class Mirror:
         if self.run.finished_mark in files:
             self._copy_file(self.run.finished_mark)
         if step is not None:
-            for older in self.copy.outdated_steps(KEPT, step, self.check):
+            for older in self.copy.outdated_steps(MIRRORED_CHECKPOINTS, step, self.check):
                 if older < step:  # what is above may be the beginning of a copy by another tool
                     self._before_change()
                     remove_folder(self.copy.checkpoint(older))
@@ -292,7 +292,7 @@ def _check_mounted(folder: Path) -> None:
     if not above.is_dir():
         raise _wrong(f"there is no folder {folder.parent}", "mount the drive, or give another one")
     # Colab's is mounted by now, and a new account's MyDrive is empty.
-    is_drive = COLAB in place.parents or os.path.ismount(above)
+    is_drive = COLAB_DRIVE in place.parents or os.path.ismount(above)
     if not place.exists() and not any(above.iterdir()) and not is_drive:
         remedy = f"mount the drive that belongs there, or, if there is none, create {folder}"
         raise _wrong(f"{folder.parent} is empty", remedy)
@@ -300,7 +300,7 @@ def _check_mounted(folder: Path) -> None:
 
 def _mount_points() -> Iterator[Path]:
     """Mount points: Colab's, and those listed by this system."""
-    yield COLAB
+    yield COLAB_DRIVE
     lines = FSTAB.read_text(encoding="utf-8", errors="replace").splitlines() if FSTAB.is_file() else []
     for fields in (line.split() for line in lines if not line.lstrip().startswith("#")):
         point = fields[1].replace("\\040", " ") if len(fields) > 1 else ""

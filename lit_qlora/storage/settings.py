@@ -49,7 +49,7 @@ MAY_CHANGE: Mapping[str, str] = {
     "model.base": "a copy elsewhere is the same base, and has the same tokenizer",
     "model.adapter": "a copy elsewhere is the same adapter",
 }
-SOURCES = ("data.source", "data.validation_source")
+ROW_SETTINGS = ("data.source", "data.validation_source")
 """Where rows are: may change as long as the rows are the same ones, which shows once they are read."""
 TRAINS_ONLY = (
     "save_every_steps", "save_every_minutes", "keep_checkpoints", "mirror", "max_time", "max_nonfinite_losses",
@@ -64,7 +64,7 @@ LONGEST_SHOWN = 200
 """Longest setting, in characters, that a message shows in full."""
 
 
-class Change(NamedTuple):
+class ChangedSetting(NamedTuple):
     """A changed setting, by its dotted name; ``name: old -> new`` as text."""
 
     name: str
@@ -75,7 +75,7 @@ class Change(NamedTuple):
         return f"{self.name}: {self.old} -> {self.new}"
 
 
-def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
+def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[ChangedSetting]:
     """The changed settings, by name.
 
     Args:
@@ -84,7 +84,7 @@ def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     """
     before, after = flat(was), flat(now)
     return [
-        Change(name, _in_one_line(before.get(name)), _in_one_line(after.get(name)))
+        ChangedSetting(name, _in_one_line(before.get(name)), _in_one_line(after.get(name)))
         for name in sorted({*before, *after})
         if before.get(name) != after.get(name)
     ]
@@ -92,20 +92,20 @@ def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
 
 def refused(
     was: Mapping[str, Any], now: Mapping[str, Any], are_same_rows: Callable[[], bool] = lambda: False
-) -> list[Change]:
+) -> list[ChangedSetting]:
     """The changes that would make it another run; with all others it may resume.
 
     Args:
         was: as in `differences`.
         now: likewise.
-        are_same_rows: asked where only `SOURCES` changed: True if the rows there are those of the run.
+        are_same_rows: asked where only `ROW_SETTINGS` changed: True if the rows there are those of the run.
     """
     others = [change for change in differences(was, now) if not _is_of(change.name, MAY_CHANGE)]
-    is_moved = all(_is_of(change.name, SOURCES) for change in others)
+    is_moved = all(_is_of(change.name, ROW_SETTINGS) for change in others)
     return [] if is_moved and others and are_same_rows() else others
 
 
-def without_effect(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
+def without_effect(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[ChangedSetting]:
     """The changes that a score of the run leaves out of account.
 
     Args:

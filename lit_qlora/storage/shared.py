@@ -14,7 +14,7 @@ from weakref import finalize
 from lit_qlora.storage.folders import MANIFEST, remove_folder
 from lit_qlora.storage.lock import flock
 
-TRIES = 100
+HOLD_TRIES = 100
 """Times that a folder made anew meanwhile is looked at; where a file system numbers its files anew, it is held."""
 
 
@@ -35,7 +35,7 @@ class Held:
         self.found, self._folder = True, folder
         self._descriptor: int | None = None
         manifest = folder / MANIFEST
-        for _ in range(TRIES):
+        for _ in range(HOLD_TRIES):
             self.close()
             try:
                 self._descriptor = os.open(manifest, os.O_RDONLY)

@@ -22,7 +22,7 @@ from lit_qlora.storage.folders import DamagedFolderError
 
 TENSORS = "state.safetensors"
 SKELETON = "state.json"
-VERSION = 1
+STATE_VERSION = 1
 # What safetensors can hold and a round trip keeps; a dtype that is not here is refused, not cast.
 _DTYPES = {
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
@@ -48,7 +48,7 @@ def save_state(state: dict, folder: Path) -> None:
     if not isinstance(state, dict):
         raise TypeError(f"state is a {type(state).__name__}, not a dict")
     tensors: dict[str, torch.Tensor] = {}
-    skeleton = {"version": VERSION, "state": _encode(state, "state", tensors)}
+    skeleton = {"version": STATE_VERSION, "state": _encode(state, "state", tensors)}
     try:
         save_file(_apart(tensors), folder / TENSORS)
     except SafetensorError as error:
@@ -74,13 +74,13 @@ def load_state(folder: Path, with_tensors: bool = True) -> dict[Any, Any]:
             tensors = {name: tensor.clone() for name, tensor in load_file(folder / TENSORS).items()}
         file = SKELETON
         skeleton = parse_json((folder / SKELETON).read_text(encoding="ascii"))
-        if skeleton["version"] != VERSION:
+        if skeleton["version"] != STATE_VERSION:
             raise ValueError(f"version {skeleton['version']!r}")
         state = _decode(skeleton["state"], tensors)
         if not isinstance(state, dict):
             raise TypeError("a state that is no dict")
     except _UNREADABLE as error:
-        raise DamagedFolderError(folder, file, f"a state of version {VERSION}", unreadable(error)) from error
+        raise DamagedFolderError(folder, file, f"a state of version {STATE_VERSION}", unreadable(error)) from error
     return state
 
 

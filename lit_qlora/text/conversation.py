@@ -22,16 +22,16 @@ class TextError(ValueError):
     """
 
     def __init__(self, turn: int, problem: str) -> None:
-        super().__init__(f"{name_of(turn)} {problem}")
+        super().__init__(f"{turn_name(turn)} {problem}")
         self.turn, self.problem = turn, problem
 
 
-def name_of(turn: int) -> str:
+def turn_name(turn: int) -> str:
     """The name of a turn by its number, from 1 on; 0 is the system text."""
     return f"turn {turn}" if turn else "the system text"
 
 
-def is_whole(text: str) -> bool:
+def is_encodable(text: str) -> bool:
     """True if ``text`` holds no lone surrogate."""
     try:
         text.encode()
@@ -84,7 +84,7 @@ class Conversation:
     def check_characters(self) -> None:
         """Raises TextError for a text with a lone surrogate."""
         for number, text in enumerate([self.system or "", *(turn.content for turn in self.turns)]):
-            if not is_whole(text):
+            if not is_encodable(text):
                 raise TextError(number, HALF)
 
     @property

@@ -31,17 +31,17 @@ OPENERS = (
     "<|START_OF_TURN_TOKEN|>",  # Command R
 )  # fmt: skip
 """Tokens that the name of a role follows."""
-NAMED = (
+TURN_OPENERS = (
     "[INST]", "[SYSTEM_PROMPT]",  # Llama 2, Mistral
     *_spelled(*_ROLES, "ai", "moss"),  # Phi, Zephyr, DeepSeek and others
     "<|SYSTEM_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>",  # Command R
 )  # fmt: skip
 """Tokens that open a turn, and say whose."""
 _CLOSERS = ("[/INST]", "[/SYSTEM_PROMPT]")
-"""Tokens that close what one of `NAMED` opens."""
+"""Tokens that close what one of `TURN_OPENERS` opens."""
 _BEHIND_ROLES = _spelled("end_header_id", "header_end", "end_of_role", "im_sep", "message")
 WRITTEN_OUT = (
-    *OPENERS, *NAMED, *_CLOSERS, *_BEHIND_ROLES,
+    *OPENERS, *TURN_OPENERS, *_CLOSERS, *_BEHIND_ROLES,
     *_spelled(
         "im_end", "begin_of_text", "start_of_text", "end_of_text", "begin_of_sentence", "end_of_sentence",
         "end_of_turn", "end_of_prompt", "end", "return", "bos", "eos", "eot", "eot_id", "eom", "eom_id", "eod",
@@ -138,7 +138,7 @@ def clean(conversation: Conversation, marks: Sequence[str]) -> tuple[Conversatio
 
 def _opens(mark: str, marks: Sequence[str]) -> bool:
     """True if ``mark``, as matched, opens a turn: with its role, or as a name of one."""
-    return mark.lower() not in map(str.lower, marks) or mark.upper() in map(str.upper, NAMED)
+    return mark.lower() not in map(str.lower, marks) or mark.upper() in map(str.upper, TURN_OPENERS)
 
 
 def _is_spoken_of(text: str, mark: re.Match[str], marks: Sequence[str]) -> bool:
@@ -169,7 +169,7 @@ def _patterns(marks: tuple[str, ...]) -> tuple[re.Pattern[str], re.Pattern[str],
     known = [mark for mark in marks if mark.strip()]
     role, behind = _any_of(_ROLES), _any_of([mark for mark in known if mark in _BEHIND_ROLES])
     opened = rf"{_any_of([mark for mark in known if mark in OPENERS])}\s?{role}\b(?:\s?{behind})?"
-    named = _any_of([mark for mark in known if mark in NAMED])
+    named = _any_of([mark for mark in known if mark in TURN_OPENERS])
     whole = rf"(?:(?:{opened}|{named}){_COLON}|{_any_of(known)}(?:{role}(?=\s*(?:\n|\Z|{_any_of(known)})))?)"
     longest = 2 * max(map(len, (*known, *_ROLES))) + len("developer  :")
     opener = rf"{opened}|{named}|{_any_of([mark for mark in known if mark in _CLOSERS])}"

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 from lit_qlora.errors import UserError, excerpt, require
 from lit_qlora.text import edges
-from lit_qlora.text.conversation import HALF, Conversation, Turn, is_whole
+from lit_qlora.text.conversation import HALF, Conversation, Turn, is_encodable
 
 TEMPLATES = Path(__file__).parent / "templates"
 LLAMA_2, OF_BASE = "llama2", "base"
@@ -349,5 +349,5 @@ def from_record(record: Mapping[str, Any], folder: str | Path, file: str) -> Pro
 
 def _check_text(value: object, option: str, place: str | None = None) -> None:
     require(isinstance(value, str | None), option, "a text", value, place=place)
-    if not is_whole(str(value)):
+    if not is_encodable(str(value)):
         raise UserError(f"it {HALF}", option=option, place=place)

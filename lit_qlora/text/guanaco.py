@@ -9,7 +9,7 @@ import re
 # or on a line of its own. All three are markers, what opens with a quotation mark is not.
 MARKER = re.compile(r"""(?<!\s["'`“„«])### (Human|Assistant):""")
 
-SYSTEM = re.compile(r"^((?:\s*<[^<>\s]+>)*)\s*### System:")
+SYSTEM_MARKER = re.compile(r"^((?:\s*<[^<>\s]+>)*)\s*### System:")
 """A marker that some rows have before the system text, behind BOS at most; the published ones have none."""
 
 
@@ -31,7 +31,7 @@ def parse(text: str) -> list[dict[str, str | None]]:
         ValueError: when there is no marker, or another one such as ``### User:`` stands before the assistant's.
     """
     system, *parts = MARKER.split(text)
-    system = SYSTEM.sub(r"\1", system)
+    system = SYSTEM_MARKER.sub(r"\1", system)
     if not parts or (parts[0] == "Assistant" and "###" in system):
         raise ValueError("no '### Human:' in the text" + (" before '### Assistant:'" if parts else ""))
     rows: list[dict[str, str | None]] = [{"role": "system", "content": system.strip()}]

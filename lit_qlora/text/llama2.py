@@ -12,7 +12,7 @@ from lit_qlora.errors import UserError
 from lit_qlora.text.conversation import Conversation, TextError, Turn
 from lit_qlora.text.formats import Piece, PromptFormat
 
-TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
+INST_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 
 # A message that holds a tag could forge a turn; one that holds a special token would become it, for a template is
 # text that is encoded as a whole. Training refuses the first and spells out the second; here both are refused.
@@ -75,8 +75,8 @@ class Llama2(PromptFormat):
 
     @property
     def tags(self) -> list[str]:
-        """`TAGS`, whatever the tokenizer."""
-        return [*TAGS]
+        """`INST_TAGS`, whatever the tokenizer."""
+        return [*INST_TAGS]
 
     @property
     def identity(self) -> str:
@@ -120,7 +120,7 @@ class Llama2(PromptFormat):
         default = json.dumps(self.system, ensure_ascii=False) if self.system else "none"
         # Of a tokenizer without BOS, a template sees no bos_token.
         jinja = _JINJA if self.spelled.bos else _JINJA.replace("bos_token, ", "").replace("bos_token ~ ", "")
-        return jinja.replace("DEFAULT_SYSTEM", default).replace("FORBIDDEN", json.dumps(TAGS))
+        return jinja.replace("DEFAULT_SYSTEM", default).replace("FORBIDDEN", json.dumps(INST_TAGS))
 
     @property
     def tokenizer_remedy(self) -> str:
@@ -142,7 +142,7 @@ def segments(conversation: Conversation) -> list[tuple[str, bool]]:
         conversation: an open or an answered one.
 
     Raises:
-        TextError: naming the tag, when a text holds one of `TAGS`: it could forge a turn or a system text.
+        TextError: naming the tag, when a text holds one of `INST_TAGS`: it could forge a turn or a system text.
     """
     _refuse_tags(0, conversation.system or "")
     written = []
@@ -162,6 +162,6 @@ def _text(pieces: list[Piece]) -> str:
 
 
 def _refuse_tags(turn: int, text: str) -> None:
-    for tag in TAGS:
+    for tag in INST_TAGS:
         if tag in text:
             raise TextError(turn, f"holds the tag {tag}, which could forge a turn or a system text")

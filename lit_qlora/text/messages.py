@@ -39,9 +39,9 @@ WEIGHTS, SWITCHES = ("weight", "loss_weight"), ("train", "training", "trainable"
 LEARNED = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 CALLS = ("tool_calls", "function_call")
 """Keys of an assistant's message that hold tool calls."""
-TEXTS = ("text", "input_text", "output_text")
+TEXT_TYPES = ("text", "input_text", "output_text")
 """Types of content parts whose text is what is said."""
-RESULT = "tool_result"
+TOOL_RESULT = "tool_result"
 """Type of a part that holds what a tool gave: a text, or parts; Anthropic's API has it in a message of the user."""
 JOINT = "\n\n"
 """What stands between texts that are joined into one turn."""
@@ -58,7 +58,7 @@ OPENING_LEFT_OUT = "rows that the assistant begins: what it says before the user
 OPENING_KEPT = "rows that the assistant begins, with data.opening put before"
 SYSTEM_LATER = "rows with messages of the system behind the first turn, which stand in the prompt"
 SYSTEM_REPEATED = "rows with the system text repeated, which stands once"
-SAYS_NOTHING = "rows with answers without a text, left out"
+WITHOUT_TEXT = "rows with answers without a text, left out"
 UNSEEN = "rows with turns of the user without a text, left out with their answers"
 LAST_UNSEEN = "rows whose last turn of the user has no text, left out with its answer"
 
@@ -238,7 +238,7 @@ def _read(where: str, row: Any, changed: dict[str, None], marks: Sequence[str]) 
         changed[ANSWERED_BY_TOOL] = None
         return _Message(role, text if is_there(text) else None, _is_learned(where, row), found)
     if text is None and role == "assistant":
-        changed[SAYS_NOTHING] = None
+        changed[WITHOUT_TEXT] = None
     if text is not None and not text.strip() and role != "system":
         marked = f"the {role} holds nothing but {' '.join(found)}"
         raise ValueError(f"{where}: {marked if found else f'a turn of the {role} is empty'}")
@@ -259,11 +259,11 @@ def _text(
     if isinstance(content, tuple) and all(isinstance(text, str) for text in content):
         return _joined(JOINT, content, marks)
     whole = content if isinstance(content, list) else [content]
-    if any(_type_of(part) == RESULT for part in whole):
+    if any(_type_of(part) == TOOL_RESULT for part in whole):
         changed[ANSWERED_BY_TOOL] = None
     parts = [own for part in whole for own in _own_parts(part)]
     if isinstance(content, list | dict) and all(isinstance(part, str) or _type_of(part) for part in parts):
-        others = [one for part in parts if not isinstance(part, str) and (one := _type_of(part)) not in TEXTS]
+        others = [one for part in parts if not isinstance(part, str) and (one := _type_of(part)) not in TEXT_TYPES]
         changed |= dict.fromkeys(f"rows with parts of type {one!r}, which are not learned" for one in others)
         texts = [part if isinstance(part, str) else part.get("text") for part in parts]
         texts = [text for text in texts if is_there(text)]
@@ -279,7 +279,7 @@ def _text(
 
 def _own_parts(part: Any) -> list[Any]:
     """A part of a content, or the parts of a tool's result, which holds no other result."""
-    own = [part] if _type_of(part) != RESULT else part.get("content") or []
+    own = [part] if _type_of(part) != TOOL_RESULT else part.get("content") or []
     return own if isinstance(own, list) else [own]
 
 
@@ -345,7 +345,7 @@ def _unused(rows: Sequence[dict[str, Any]]) -> list[str]:
                 found[f"key {key!r} of a turn that is not the assistant's"] = None
         content = _value("", row, CONTENT)
         for part in content if isinstance(content, list) else [content]:
-            if _type_of(part) in TEXTS:
+            if _type_of(part) in TEXT_TYPES:
                 others = (key for key, value in part.items() if key not in ("type", "text") and is_there(value))
                 found |= {f"key {key!r} of a part of a turn": None for key in others}
     return [*found]

@@ -19,7 +19,7 @@ import jinja2
 
 from lit_qlora.errors import UserError
 from lit_qlora.text import jinja
-from lit_qlora.text.conversation import Conversation, TextError, name_of
+from lit_qlora.text.conversation import Conversation, TextError, turn_name
 from lit_qlora.text.formats import Piece, PromptFormat, built_in, names
 
 SHORTEST_TAG = 3
@@ -416,10 +416,10 @@ class Template(PromptFormat):
         found = [int(mark) for mark in _MARK.findall(whole)]
         for index in range(0 if has_system else 1, len(marks)):
             if found.count(index) != 1:
-                problem = f"{name_of(index)} is to be written once, and is written {found.count(index)} times"
+                problem = f"{turn_name(index)} is to be written once, and is written {found.count(index)} times"
                 raise ValueError(f"{problem}; write the content of each message")
         if found != sorted(found):
-            raise ValueError(f"the turns are written in another order: {', '.join(map(name_of, found))}")
+            raise ValueError(f"the turns are written in another order: {', '.join(map(turn_name, found))}")
         pieces, before = list[Piece](), 0
         for turn in range(2, 2 * rounds + 1, 2):
             is_context = turn < 2 * rounds and self._last_only[has_system]
@@ -516,7 +516,7 @@ def _mark(turn: int) -> str:
 
 
 def _shown(text: str, at_end: bool = False) -> str:
-    readable = _MARK.sub(lambda mark: f"({name_of(int(mark[1]))})", text)
+    readable = _MARK.sub(lambda mark: f"({turn_name(int(mark[1]))})", text)
     if len(readable) <= LONGEST_PART:
         return repr(readable)
     return repr("…" + readable[-LONGEST_PART:] if at_end else readable[:LONGEST_PART] + "…")

@@ -76,7 +76,7 @@ def main(args: list[str]) -> int:
     is_bare = options.run is not None and not {"/", os.sep} & {*options.run}
     run = Path("runs", options.run or "") if is_bare or not options.run else Path(options.run).expanduser()
     counts = Counter[str]()
-    for kind, text, remedy in look(options.config, options.base, run):
+    for kind, text, remedy in examine(options.config, options.base, run):
         counts[kind] += 1
         for mark, words in ((kind, text), ("->", remedy)):
             if words:  # at once: importing takes some seconds
@@ -87,7 +87,7 @@ def main(args: list[str]) -> int:
     return 2 if counts["problem"] else 0
 
 
-def look(config: str | None, base: str | None, run: Path) -> Iterator[Finding]:
+def examine(config: str | None, base: str | None, run: Path) -> Iterator[Finding]:
     """Inspect this machine, and what a fit would do on it.
 
     Args:
@@ -241,7 +241,7 @@ PATH = re.compile(r"(?<![\w:/.\\])(?:~|[A-Za-z]:)?(?:[/\\][^\s/\\'\"():,;]+)+")
 
 def without_private_parts(text: str) -> str:
     """``text`` without tokens, addresses, this machine's name, and all but the last part of each path."""
-    for name in surroundings.TOKENS:
+    for name in surroundings.TOKEN_VARIABLES:
         if secret := os.environ.get(name, "").strip():
             text = text.replace(secret, "(token)")
     text = re.sub(r"hf_\w{6,}", "(token)", text)

@@ -14,8 +14,8 @@ from lit_qlora.errors import UserError
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.storage.files import page_path, saved_by, write_file
 from lit_qlora.tools.inspecting.look import Look, look
-from lit_qlora.tools.inspecting.page import MARK, page
-from lit_qlora.tools.inspecting.words import by_kind, lines
+from lit_qlora.tools.inspecting.page import PAGE_MARK, inspection_page
+from lit_qlora.tools.inspecting.words import by_kind, inspection_lines
 from lit_qlora.training import DryCLI
 
 
@@ -55,10 +55,10 @@ def main(command: Command) -> int:
     cli = InspectCLI.of(command)
     seen, whole = cli.found, cli.config[cli.verb].row is not None
     shows_colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
-    print("\n".join(lines(seen, cli.accepted, shows_colour, whole)))
+    print("\n".join(inspection_lines(seen, cli.accepted, shows_colour, whole)))
     if cli.page:
         with saved_by("html"):
-            write_file(cli.page, page(seen, cli.accepted))
+            write_file(cli.page, inspection_page(seen, cli.accepted))
         print(f"page: {cli.page}")
     return 1 if by_kind(seen.found, cli.accepted) else 0
 
@@ -66,6 +66,6 @@ def main(command: Command) -> int:
 def _page_file(name: str) -> Path:
     """The file of the page. Raises UserError where it can't be one, or another file is there already."""
     path = page_path(name)
-    if path.exists() and not path.read_bytes().startswith(MARK.encode()):
+    if path.exists() and not path.read_bytes().startswith(PAGE_MARK.encode()):
         raise UserError(f"{path} is there, and no page of an inspection", option="html", remedy="give another name")
     return path

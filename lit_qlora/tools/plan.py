@@ -16,8 +16,8 @@ from lit_qlora.model.device import AMPERE, Device
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.ranges import check_ranges
 from lit_qlora.storage.reach import offline
-from lit_qlora.tools.planning.report import Plan, lines
-from lit_qlora.tools.planning.rows import look
+from lit_qlora.tools.planning.report import Plan, plan_lines
+from lit_qlora.tools.planning.rows import find_rows
 from lit_qlora.training import DryCLI
 
 
@@ -38,7 +38,7 @@ class PlanCLI(DryCLI):
         return Device(self.card.name, self.card.capability, is_here=False)
 
     def check_vocabulary(self) -> None:
-        """Do nothing: the tokenizer may not be downloaded, see `look`."""
+        """Do nothing: the tokenizer may not be downloaded, see `find_rows`."""
 
     def plan(self, model: QLoRAModule, datamodule: ChatDataModule) -> None:
         """Make the forecast; LightningCLI calls it as it would the Trainer's method."""
@@ -46,7 +46,7 @@ class PlanCLI(DryCLI):
         trainer: Any = self.trainer
         trainer.datamodule, datamodule.trainer = datamodule, trainer
         with offline():
-            rows, samples = look(trainer, datamodule, model.base, options.samples)
+            rows, samples = find_rows(trainer, datamodule, model.base, options.samples)
             download = missing_bytes(model.base)
         forecast = foresee(model, datamodule, trainer, self.card, rows, samples)
         assert forecast is not None, "there is a card"
@@ -72,7 +72,7 @@ def main(command: Command) -> int:
     Raises:
         UserError: for options that fit would refuse.
     """
-    print("\n".join(map(fitted, lines(PlanCLI.of(command).found))))
+    print("\n".join(map(fitted, plan_lines(PlanCLI.of(command).found))))
     return 0
 
 

@@ -15,7 +15,7 @@ from lit_qlora.storage.files import size
 from lit_qlora.storage.folders import CARD, MANIFEST, DamagedFolderError, verify_folder
 from lit_qlora.storage.run import RECORD
 from lit_qlora.tools.answering.answerer import trained_run
-from lit_qlora.tools.pushing.hub import KINDS, Contents, Hub
+from lit_qlora.tools.pushing.hub import KIND_BY_FILE, Contents, Hub
 from lit_qlora.wording import number_of
 
 TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
@@ -64,7 +64,7 @@ def _source(run: str | None, adapter: str | None, folder: str | None) -> Path:
 
 def _verified(source: Path) -> tuple[str, dict[str, int]]:
     """The kind of ``source``, and the sizes of its files by name. Raises UserError unless all are as saved."""
-    kind, problem = next((kind for name, kind in KINDS.items() if (source / name).is_file()), None), None
+    kind, problem = next((kind for name, kind in KIND_BY_FILE.items() if (source / name).is_file()), None), None
     if not source.is_dir():
         problem = "is no folder"
     elif kind is None or not (source / RECORD).is_file():

@@ -9,7 +9,7 @@ import pytest
 from lit_qlora.data import forms
 from lit_qlora.data.forms import RowForm, check_columns, list_in
 from lit_qlora.data.records import Reading, load_records
-from lit_qlora.data.row import WHOLE, WRITE_TURNS, RowError, read_row
+from lit_qlora.data.row import LEARNED_WHOLE, WRITE_TURNS, RowError, read_row
 from lit_qlora.text import messages
 from lit_qlora.text.conversation import Conversation, Turn
 from tests.data.talks import said
@@ -379,7 +379,7 @@ def test_plain_text_is_read_where_all_of_it_is_learned():
         read_row(row)
     assert "data.train_on all" in caught.value.remedy
     story = Conversation((Turn("text", "Once upon a time."),))
-    assert read_row(row, is_whole=True) == (story, (WHOLE,), ("column 'system' beside a plain text",), ())
+    assert read_row(row, is_whole=True) == (story, (LEARNED_WHOLE,), ("column 'system' beside a plain text",), ())
     assert read_row({"text": "A story.</s>"}, "text", is_whole=True).taken_off == ("</s>",)
     assert read_row({"body": "A story."}, columns={"text": "body"}, is_whole=True).conversation.is_text
     # What has a form is a conversation even so, and what is written in an unknown one is no story.

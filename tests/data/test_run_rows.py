@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from lit_qlora.data.run_rows import RunRows, digest
+from lit_qlora.data.run_rows import RunRows, turns_digest
 from lit_qlora.errors import UserError
 from lit_qlora.text.conversation import Conversation, Turn
 from tests.expect import check_line
@@ -22,8 +22,8 @@ def test_it_is_read_as_it_was_written(tmp_path):
     file = tmp_path / "rows.json"
     ROWS.write(file)
     assert RunRows.read(file) == ROWS
-    assert ROWS.held_out == (digest(said("c")), digest(said("d")), digest(said("c")))
-    assert ROWS.train == {digest(said("a")), digest(said("b"))}
+    assert ROWS.held_out == (turns_digest(said("c")), turns_digest(said("d")), turns_digest(said("c")))
+    assert ROWS.train == {turns_digest(said("a")), turns_digest(said("b"))}
     assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
 
 
@@ -37,9 +37,9 @@ def test_the_same_rows_are_the_same_bytes_and_are_not_written_again(tmp_path):
 
 def test_a_digest_is_of_all_words_and_the_same_on_every_machine():
     # Written out once: a change here makes the rows of every run unknown.
-    assert digest(said("a")) == "9424086ef345ea44"
+    assert turns_digest(said("a")) == "9424086ef345ea44"
     turns = (Turn("user", "a"), Turn("assistant", "b"))
-    assert len({*map(digest, (said("a"), said("a", "s"), Conversation(turns), said("A")))}) == 4
+    assert len({*map(turns_digest, (said("a"), said("a", "s"), Conversation(turns), said("A")))}) == 4
 
 
 def test_it_takes_few_bytes_a_row(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 from lit_qlora import demo
 from lit_qlora.data.encode import Encoder
-from lit_qlora.data.tokenizer import NAMED, file_of, load_tokenizer
+from lit_qlora.data.tokenizer import LLAMA_TOKENS, file_of, load_tokenizer
 from lit_qlora.errors import UserError
 from lit_qlora.quiet import quieten
 from lit_qlora.text import messages
@@ -168,7 +168,7 @@ def test_a_tokenizer_model_with_empty_special_tokens_is_told(real, tmp_path):
     config = {"tokenizer_class": "LLaMATokenizer", "add_bos_token": True, **EMPTY}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     assert "has an empty bos_token, as early conversions do; write its text into" in one_line(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | NAMED), encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | LLAMA_TOKENS), encoding="utf-8")
     assert load_tokenizer(str(tmp_path))("[INST]")["input_ids"] == [1, 518, 25580, 29962]
 
 

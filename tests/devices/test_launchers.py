@@ -14,7 +14,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEn
 from lit_qlora import training
 from lit_qlora.cli import main
 from lit_qlora.command import Command
-from lit_qlora.devices.launchers import COUNTS, RANKS, ignore_launchers, requeue
+from lit_qlora.devices.launchers import COUNTS, RANK_VARIABLES, ignore_launchers, requeue
 from lit_qlora.errors import UserError
 from lit_qlora.signals import LeftAtOnce
 from lit_qlora.trainer import QLoRATrainer, own_plugins
@@ -25,11 +25,11 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*COUNTS, *RANKS, *(name for name in os.environ if name.startswith("SLURM_"))):
+    for name in (*COUNTS, *RANK_VARIABLES, *(name for name in os.environ if name.startswith("SLURM_"))):
         monkeypatch.delenv(name, raising=False)
 
 
-@pytest.mark.parametrize("name", RANKS)
+@pytest.mark.parametrize("name", RANK_VARIABLES)
 def test_a_rank_that_was_left_is_ignored_and_said(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "1")
     assert ignore_launchers() == [f"{name}=1"]
@@ -37,13 +37,13 @@ def test_a_rank_that_was_left_is_ignored_and_said(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_launcher_of_one_process_is_nothing_to_speak_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in RANKS:
+    for name in RANK_VARIABLES:
         monkeypatch.setenv(name, "0")
     for name in COUNTS:
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("SLURM_NTASKS", "4")  # what sbatch allots, and not what runs
     assert ignore_launchers() == []
-    assert not {*RANKS, *COUNTS} & {*os.environ}
+    assert not {*RANK_VARIABLES, *COUNTS} & {*os.environ}
 
 
 @pytest.mark.parametrize("name", COUNTS)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lit_qlora.devices import mistakes, world
-from lit_qlora.devices.mistakes import report
+from lit_qlora.devices.mistakes import report_once
 from lit_qlora.devices.world import LostError, highest
 from tests.devices.several import run_several
 
@@ -19,7 +19,7 @@ LINE = f"error: {PROBLEM}"
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mistakes, "REACH_S", 3.0)
+    monkeypatch.setattr(mistakes, "REPORT_WAIT_S", 3.0)
     monkeypatch.setattr(mistakes, "LINGER_S", 1.0)
 
 
@@ -37,16 +37,16 @@ def said(
 def test_what_all_did_the_first_says(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, count: int, joins: bool
 ) -> None:
-    for name in ("REACH_S", "LINGER_S"):  # beyond what `said` waits: none of them goes to its end
+    for name in ("REPORT_WAIT_S", "LINGER_S"):  # beyond what `said` waits: none of them goes to its end
         monkeypatch.setattr(mistakes, name, 60.0)
-    assert said(capfd, lambda rank: report(PROBLEM), count, joins)[1] == [LINE]
+    assert said(capfd, lambda rank: report_once(PROBLEM), count, joins)[1] == [LINE]
 
 
 @pytest.mark.parametrize("late", [0, 1])
 def test_whoever_comes_later(capfd: pytest.CaptureFixture[str], late: int) -> None:
     def do(rank: int) -> None:
         time.sleep(0.5 if rank == late else 0)
-        report(PROBLEM)
+        report_once(PROBLEM)
 
     assert said(capfd, do)[1] == [LINE]
 
@@ -56,18 +56,18 @@ def meets(rank: int) -> str:
         world.join(None)
         highest(1)
     except LostError as error:
-        report(error)
+        report_once(error)
         return "lost"
     return "joined"
 
 
 def test_what_another_did_before_they_met_the_first_says_with_its_number(capfd: pytest.CaptureFixture[str]) -> None:
-    found, lines = said(capfd, lambda rank: report(PROBLEM) if rank == 1 else meets(rank), 3)
+    found, lines = said(capfd, lambda rank: report_once(PROBLEM) if rank == 1 else meets(rank), 3)
     assert (found, lines) == (["lost", None, "lost"], ["error: process 1 of 3: unknown option 'model.ran'"])
 
 
 def test_what_the_first_alone_did_before_they_met(capfd: pytest.CaptureFixture[str]) -> None:
-    found, lines = said(capfd, lambda rank: meets(rank) if rank else report(PROBLEM), 3)
+    found, lines = said(capfd, lambda rank: meets(rank) if rank else report_once(PROBLEM), 3)
     assert (found, lines) == ([None, "lost", "lost"], [LINE])
 
 
@@ -77,7 +77,7 @@ def test_what_one_does_later_is_noticed_at_the_next_agreement(capfd: pytest.Capt
         if this != rank:
             return meets(this)
         world.join(None)
-        return report(PROBLEM)
+        return report_once(PROBLEM)
 
     found, lines = said(capfd, do)
     words = LINE if rank == 0 else "error: process 1 of 2: unknown option 'model.ran'"
@@ -88,7 +88,7 @@ def test_without_the_first_each_says_it(capfd: pytest.CaptureFixture[str]) -> No
     def do(rank: int) -> None:
         if rank == 0:
             os.kill(os.getpid(), signal.SIGKILL)
-        report(PROBLEM)
+        report_once(PROBLEM)
 
     assert said(capfd, do)[1] == ["error: process 1 of 2: unknown option 'model.ran'"]
 
@@ -96,11 +96,11 @@ def test_without_the_first_each_says_it(capfd: pytest.CaptureFixture[str]) -> No
 def test_one_process_and_those_of_the_command_itself_only_print_and_the_latter_by_number(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report(PROBLEM)
+    report_once(PROBLEM)
     places = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "LIT_QLORA_PARENT": "1"}
     for name, value in places.items():
         monkeypatch.setenv(name, value)
-    report(PROBLEM)
+    report_once(PROBLEM)
     assert capsys.readouterr().err == f"{LINE}\nerror: process 1 of 2: {PROBLEM}\n"
 
 

@@ -15,7 +15,7 @@ from lit_qlora import precheck
 from lit_qlora.cli import main
 from lit_qlora.devices import asked, starting
 from lit_qlora.devices.asked import most_gpus
-from lit_qlora.devices.launchers import COUNTS, RANKS
+from lit_qlora.devices.launchers import COUNTS, RANK_VARIABLES
 from lit_qlora.devices.starting import LOST, take_place
 from lit_qlora.devices.world import World, world
 from lit_qlora.errors import UserError
@@ -29,7 +29,8 @@ ROOT = Path(__file__).parents[2]
 def clean() -> Iterator[None]:
     with mock.patch.dict(os.environ):
         for name in [*os.environ]:
-            if name in (*COUNTS, *RANKS, "LOCAL_WORLD_SIZE") or name.startswith(("SLURM_", "LIT_QLORA_", "MASTER_")):
+            known = (*COUNTS, *RANK_VARIABLES, "LOCAL_WORLD_SIZE")
+            if name in known or name.startswith(("SLURM_", "LIT_QLORA_", "MASTER_")):
                 del os.environ[name]
         yield
 
@@ -166,7 +167,7 @@ def started(code: str, count: int = 2, hears: bool = True) -> subprocess.Popen[s
         from lit_qlora.devices import starting
         starting.GRACE_S = 1.0
         starting.CODE = {task.replace("{", "{{").replace("}", "}}")!r}
-        sys.exit(starting.run(["fit"], {count}))
+        sys.exit(starting.run_several(["fit"], {count}))
     """
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen([sys.executable, "-c", command], text=True, start_new_session=True, **pipes)
@@ -256,7 +257,7 @@ sys.exit({other} if rank else {first})
     assert err.count("error: ") == said.count("error: ")
 
 
-def test_one_that_nccl_ended_is_told_what_may_help() -> None:
+def test_one_that_nccl_ended_is_shown_what_may_help() -> None:
     status, _, err = ended(started("time.sleep(60) if rank == 0 else os.kill(os.getpid(), signal.SIGABRT)"))
     assert status == 134
     assert err.startswith("error: process 1 of 2 was ended by SIGABRT (as NCCL does") and "NCCL_P2P_DISABLE=1" in err
@@ -368,7 +369,7 @@ def test_a_command_that_cannot_be_is_refused_before_any_is_started(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: str, words: list[str]
 ) -> None:
     """And before PyTorch is imported, which takes as many times as long for as many processes."""
-    monkeypatch.setattr(starting, "run", lambda *_: pytest.fail("started"))
+    monkeypatch.setattr(starting, "run_several", lambda *_: pytest.fail("started"))
     with pytest.raises(UserError) as refused:
         check_first("fit", ["--trainer.accelerator", "cpu", *options.split()])
     assert all(word in str(refused.value) for word in words), refused.value

@@ -10,7 +10,7 @@ import pytest
 
 from lit_qlora.cli import main
 from lit_qlora.figures.charts import charts, peak_of
-from lit_qlora.figures.report import page, write_report
+from lit_qlora.figures.report import report_page, write_report
 from lit_qlora.storage.run import RunFolder
 
 HOSTILE = "<script>document.title='stolen'</script><img src=//evil.example/x onerror=alert(1)>{{ 7*7 }}&lt;"
@@ -74,7 +74,7 @@ class _Seen(HTMLParser):
 
 
 def text_of(run, monkeypatch=None):
-    return _Seen(page(run)).text
+    return _Seen(report_page(run)).text
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_without_matplotlib_the_page_says_what_it_lacks(run, monkeypatch):
 @pytest.mark.usefixtures("draws")
 def test_the_charts_are_there_with_their_words(run):
     pytest.importorskip("matplotlib")
-    seen = _Seen(page(run))
+    seen = _Seen(report_page(run))
     assert len([tag for tag, _ in seen.tags if tag == "svg"]) == 6
     for words in (
         "Loss (nats per token)", "training from 1 to 0.5, held-out from 2 to 0.75, best adapter at step 20",
@@ -170,7 +170,7 @@ def test_a_stranger_s_text_is_text(run, place):
                 "versions": f'{{"versions": {{{text}: {text}}}, "started": {text}}}',
             }[place]
         )
-    seen = _Seen(page(run))
+    seen = _Seen(report_page(run))
     assert "<b>mine" in seen.text if place == "name" else "{{ 7*7 }}" in seen.text
     assert {tag for tag, _ in seen.tags} & {"script", "img", "b"} == set()
     assert not [attrs for _, attrs in seen.tags if {"src", "href", "onerror"} & {*attrs}]
@@ -208,7 +208,7 @@ def test_a_run_that_has_just_begun(tmp_path):
 def test_the_verb_writes_and_names_the_page(run, capsys, monkeypatch):
     assert main(["report", "--run", str(run.path)]) == 0
     assert capsys.readouterr().out == f"{run.report}\n"
-    assert run.report.read_text(encoding="utf-8") == page(run)
+    assert run.report.read_text(encoding="utf-8") == report_page(run)
     monkeypatch.chdir(run.path.parent)
     run.path.rename(run.path.parent / "runs")
     assert main(["report", "--run", "nowhere"]) == 2

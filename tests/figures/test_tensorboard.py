@@ -13,7 +13,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from tensorboard.util.tensor_util import make_ndarray
 
 from lit_qlora.figures.record import Record
-from lit_qlora.figures.tensorboard import LOSS, PARTS, RESERVED, Board
+from lit_qlora.figures.tensorboard import FOLDERS, LOSS, RESERVED, Board
 from lit_qlora.storage.run import RunFolder
 from tests.expect import check_line
 
@@ -27,7 +27,7 @@ def answers(text):
 
 def shown(folder):
     """What the page shows: steps and values by tag; a text's value is the text."""
-    return {tag: found for part in PARTS if (folder / part).is_dir() for tag, found in shown_of(folder, part).items()}
+    return {tag: found for part in FOLDERS if (folder / part).is_dir() for tag, found in shown_of(folder, part).items()}
 
 
 def shown_of(folder, part):
@@ -102,7 +102,7 @@ def test_the_loss_comes_first_and_training_and_held_out_share_its_chart(tmp_path
     record.log_metrics({"val/loss": float("nan"), "val/accuracy": 0.0}, 6)
     record.log_metrics({"val/loss": 1.75, "val/accuracy": 0.75}, 7)
     for _ in range(2):
-        training, held_out, forecast = (shown_of(tmp_path / "demo", part) for part in PARTS)
+        training, held_out, forecast = (shown_of(tmp_path / "demo", part) for part in FOLDERS)
         assert training[LOSS] == [(5, 1.0)]
         assert [held_out[LOSS][at] for at in (0, 1, 3)] == [(0, 2.0), (5, 1.5), (7, 1.75)]
         assert (training[RESERVED], forecast) == ([(5, 7.5)], {RESERVED: [(5, 8.0)]})

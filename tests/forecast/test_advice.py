@@ -13,7 +13,7 @@ from lit_qlora.forecast.foresee import Forecast, Rows, guanaco_lengths
 from lit_qlora.forecast.memory import RESERVE, Samples
 from lit_qlora.model.lora import Lora
 from lit_qlora.model.optimizer import OPTIMIZERS
-from lit_qlora.model.shape import LLAMA_2, Shape
+from lit_qlora.model.shape import LLAMA_2_SIZES, Shape
 from lit_qlora.storage.files import GIB
 
 
@@ -21,7 +21,7 @@ def seven(size="7b", **changed):
     card = find_card(changed.pop("card", "t4"))
     samples = Samples(changed.pop("num_samples", 0), 256, changed.pop("new_tokens", 128))
     forecast = Forecast(
-        shape=Shape.of(LLAMA_2[size]),
+        shape=Shape.of(LLAMA_2_SIZES[size]),
         card=replace(card, memory_gib=changed.pop("gib", card.memory_gib)),
         rows=Rows(changed.pop("lengths", guanaco_lengths(400))),
         lora=Lora(changed.pop("rank", 16), 16, 0.0, "all-linear", False, False),
@@ -195,7 +195,7 @@ def least_of_all(forecast, ladder=LADDER):
 
 @pytest.mark.parametrize("number", [3, pytest.param(60, marks=pytest.mark.slow)])
 def test_one_walk_finds_what_all_combinations_have(monkeypatch, number):
-    monkeypatch.setattr(advice, "RANKS", (64, 8, 4))
+    monkeypatch.setattr(advice, "LORA_RANKS", (64, 8, 4))
     monkeypatch.setattr(advice, "LENGTH_STEP", 512)
     draw = random.Random(number)
     for _ in range(number):

@@ -22,11 +22,11 @@ from lit_qlora.model.architectures import LINEARS
 from lit_qlora.model.device import Device
 from lit_qlora.model.lora import Lora
 from lit_qlora.model.module import QLoRAModule
-from lit_qlora.model.shape import LLAMA_2, Shape
+from lit_qlora.model.shape import LLAMA_2_SIZES, Shape
 from lit_qlora.storage.run import RunFolder
 from lit_qlora.text.conversation import Conversation, Turn
 
-SEVEN = Shape.of(LLAMA_2["7b"])
+SEVEN = Shape.of(LLAMA_2_SIZES["7b"])
 
 
 def forecast(tokens=4096, **changed):
@@ -108,7 +108,7 @@ def test_recorded_kernels_leave_room_for_fewer_layers_and_say_so():
     assert recorded.step.tokens == recorded.batches.largest_recorded
     number = recorded.step.num_recordings
     assert number == recorded.batches.num_recordings > 5
-    lines = list(words.lines(recorded))
+    lines = list(words.forecast_lines(recorded))
     assert any("CUDA graphs" in line for line in lines)
     assert any("held beside: recorded kernels have their own pool" in line for line in lines)
     assert f"  CUDA's own of {number} recordings".ljust(52) + f"{number * 32 * 0.47 / 1024:8.2f}" in lines
@@ -215,7 +215,7 @@ def test_on_a_cpu_nothing_is_said(parts, monkeypatch):
 def test_on_a_card_memory_parts_host_and_time(parts, monkeypatch):
     monkeypatch.setattr(foresee, "current_card", lambda: DEFAULT)
     made = foresee.foresee(*parts)
-    lines = list(words.lines(made))
+    lines = list(words.forecast_lines(made))
     assert lines[0].startswith("predicted for T4: 0.4") and lines[0].endswith("; fits")
     assert "of 14.56 GiB (3%), of which torch reserves 0.0" in lines[0]
     assert lines[1].startswith("memory at its highest: ")
@@ -226,12 +226,12 @@ def test_on_a_card_memory_parts_host_and_time(parts, monkeypatch):
     assert lines[held + 2].split() == ["host", "and", "disk", "GiB"]
     assert lines[held + 3].startswith("  run folder, with 3 checkpoints ")
     assert lines[-2].startswith("  an epoch takes ")
-    slow = list(words.lines(replace(made, own_layers=False)))
-    assert slow[0].endswith("; may fit") and words.SLOW in slow and words.SLOW not in lines
+    slow = list(words.forecast_lines(replace(made, own_layers=False)))
+    assert slow[0].endswith("; may fit") and words.SLOW_LAYERS in slow and words.SLOW_LAYERS not in lines
 
 
 def test_a_card_of_unknown_rates_and_one_too_small():
-    lines = list(words.lines(forecast(card=Card("small", 5.0, (7, 5)))))
+    lines = list(words.forecast_lines(forecast(card=Card("small", 5.0, (7, 5)))))
     assert not any("an epoch takes" in line for line in lines)
     assert not any("sample answers" in line for line in lines)
     assert lines[0].endswith("does not fit: python main.py plan shows what would")
@@ -285,8 +285,8 @@ def test_kept_layers_in_words():
 def test_layers_are_sent_to_the_host_where_it_has_room_and_the_bus_time():
     made = forecast(checkpointing="auto", host=foresee.Host(8 * GIB, 6.0))
     assert (made.step.kept_layers, made.step.hosted_layers) == (32, 18)
-    assert any("18 send some to the host" in line for line in words.lines(made))
-    assert any("activations on the host" in line for line in words.lines(made))
+    assert any("18 send some to the host" in line for line in words.forecast_lines(made))
+    assert any("activations on the host" in line for line in words.forecast_lines(made))
     little = replace(made, host=foresee.Host(2 * GIB, 6.0)).step
     assert little.kept_layers < 32 and little.hosted_layers == 10 == int(2 * GIB // (4096 * 2 * (4096 + 2 * 11008)))
     assert 0 < replace(made, host=foresee.Host(8 * GIB, 0.5)).step.hosted_layers < 10  # a slow bus
@@ -327,7 +327,7 @@ def test_weights_stay_dequantised_where_a_card_has_room_left():
 
 def test_kept_weights_are_counted_and_named_and_save_time():
     made = forecast(tokens=2048, card=find_card("a100-80"), checkpointing="auto", precision="bf16-mixed")
-    assert any(line.startswith("  weights that stay dequantised") for line in words.lines(made))
+    assert any(line.startswith("  weights that stay dequantised") for line in words.forecast_lines(made))
     assert "weights stay dequantised" in words.kept_words(made.step)
     assert made.peak.dequantised == 2 * SEVEN.num_quantized
     assert made.peak.dequantisation == 0

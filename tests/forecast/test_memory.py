@@ -19,11 +19,11 @@ from lit_qlora.model.decoder import MicroBatch, extract_layers, run_layers, run_
 from lit_qlora.model.lora import adapter_parameters
 from lit_qlora.model.loss import summed_cross_entropy
 from lit_qlora.model.optimizer import OPTIMIZERS, Optimizer
-from lit_qlora.model.shape import LLAMA_2, Shape
+from lit_qlora.model.shape import LLAMA_2_SIZES, Shape
 from lit_qlora.storage.files import GIB
 from tests.tiny_llama import memory_events
 
-SEVEN = Shape.of(LLAMA_2["7b"])
+SEVEN = Shape.of(LLAMA_2_SIZES["7b"])
 TARGETS = {
     "all": LINEARS,
     "qv": ("q_proj", "v_proj"),
@@ -201,7 +201,7 @@ def test_weights_that_stay_take_their_bytes_and_no_scratch(step_of, held_bytes):
 def test_the_peak_of_the_loss(num_rows):
     hidden = torch.randn(num_rows, 16, dtype=torch.bfloat16, requires_grad=True)
     head, ids = torch.randn(4000, 16, dtype=torch.bfloat16), torch.randint(0, 4000, (num_rows,))
-    shape = Shape.of(LLAMA_2["7b"] | {"hidden_size": 16, "num_attention_heads": 4, "vocab_size": 4000})
+    shape = Shape.of(LLAMA_2_SIZES["7b"] | {"hidden_size": 16, "num_attention_heads": 4, "vocab_size": 4000})
     step = Step(shape, num_rows, num_rows)
     given = num_rows * 16 * (4 + 2 + 2)  # the last norm, hidden states and scored ones come from outside
     expected = memory.loss_bytes(step) - given
@@ -290,7 +290,7 @@ def seven(**settings):
 
 def test_7b_by_hand():
     assert memory.kept_in_layer(seven()) == 10 * 4096 + 4 * 11008 + 2 * 16 * 7 + 4 * 32
-    assert memory.swiglu_backward(seven()) == 2 * 4096 + 8 * 11008
+    assert memory.swiglu_backward_peak(seven()) == 2 * 4096 + 8 * 11008
     step = memory.step_memory(seven(tokens=4096, scored_tokens=4096))
     assert step.adapters == step.gradients + step.adapters == 4 * 39_976_960
     assert step.optimizer == 8 * 39_976_960
@@ -302,7 +302,7 @@ def test_7b_by_hand():
 
 def test_a_shared_base_by_hand():
     """Of 80 layers of a 70B, 441 MB each, a half or nothing is on the card, and two layers whole."""
-    seventy = Shape.of(LLAMA_2["70b"])
+    seventy = Shape.of(LLAMA_2_SIZES["70b"])
     layer = seventy.layer_bytes
     weights = 8192 * (2 * 8192 + 2 * 1024 + 3 * 28672)
     assert layer == weights // 2 + weights // 64 + weights // 64 // 64

@@ -7,9 +7,9 @@ import pytest
 from lit_qlora.forecast.cards import DEFAULT, Card, find_card
 from lit_qlora.forecast.memory import Step
 from lit_qlora.forecast.speed import Epoch, epoch_hours
-from lit_qlora.model.shape import LLAMA_2, Shape
+from lit_qlora.model.shape import LLAMA_2_SIZES, Shape
 
-STEP = Step(Shape.of(LLAMA_2["7b"]), tokens=2048, scored_tokens=2048)
+STEP = Step(Shape.of(LLAMA_2_SIZES["7b"]), tokens=2048, scored_tokens=2048)
 EPOCH = Epoch(tokens=2_048_000, padded_tokens=2_048_000, num_micro_batches=1000, row_tokens=900)
 
 

@@ -10,7 +10,7 @@ import torch
 from lit_qlora.errors import UserError
 from lit_qlora.model import fingerprint as module
 from lit_qlora.model.base import Base, find_base
-from lit_qlora.model.fingerprint import fingerprint, identity, shown
+from lit_qlora.model.fingerprint import fingerprint, identity, short
 from lit_qlora.model.load import load_base
 from lit_qlora.model.shape import Shape
 
@@ -153,7 +153,7 @@ CHANGES = {
 def test_other_weights_are_another_base(tiny, tiny_folder, tmp_path, change):
     other = with_tensors(copy(tiny_folder, tmp_path / "copy"), CHANGES[change])
     assert other != fingerprint(tiny)
-    assert shown(other) != shown(fingerprint(tiny))
+    assert short(other) != short(fingerprint(tiny))
     assert fingerprint(tiny) != fingerprint(find_base(str(tmp_path / "copy")))
 
 

@@ -13,7 +13,7 @@ from transformers import BitsAndBytesConfig, LlamaForCausalLM
 from lit_qlora.errors import UserError
 from lit_qlora.model import lora
 from lit_qlora.model.base import check_lora
-from lit_qlora.model.fingerprint import fingerprint, shown
+from lit_qlora.model.fingerprint import fingerprint, short
 from lit_qlora.model.lora import adapter_parameters, load_adapter, read_format, read_record
 from tests.model.test_load import DTYPES, LINEARS, linears_4bit, logits
 
@@ -316,7 +316,7 @@ def test_a_folder_that_is_no_adapter(load, tiny, tmp_path):
 
 
 def test_an_adapter_of_another_base(load, tiny, other_tiny, adapter, expect_refusal):
-    was, given = (f"{base.public_name} ({shown(fingerprint(base))})" for base in (tiny, other_tiny))
+    was, given = (f"{base.public_name} ({short(fingerprint(base))})" for base in (tiny, other_tiny))
     expect_refusal(load(base=other_tiny), other_tiny, adapter, f"trained on {was}", given, "--model.base")
 
 

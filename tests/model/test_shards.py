@@ -139,7 +139,7 @@ def test_layers_that_come_serve_all_that_is_done_with_them(tiny, load, monkeypat
 def test_a_layer_whose_bytes_do_not_divide(tiny):
     """Of a 3 x 256 times 3 boundary: the last share is filled up."""
     layer = shards.Shards(CPU, True)
-    part = shards.Part(
+    part = shards.TensorPart(
         torch.uint8, (1000, 1), lambda first, count: torch.arange(1000).to(torch.uint8)[first : first + count]
     )
     linear = torch.nn.Linear(1, 1)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from lit_qlora.errors import UserError
-from lit_qlora.model.base import INDEX, WHOLE, find_base, missing_bytes, weight_files
+from lit_qlora.model.base import INDEX, ONE_FILE, find_base, missing_bytes, weight_files
 from lit_qlora.model.fingerprint import fingerprint
 from lit_qlora.model.load import load_base
 from lit_qlora.model.weights import check_weights, fetch, stored_tensors
@@ -39,15 +39,15 @@ def config(folder, **changes):
 
 def weights(folder, changes):
     """Puts ``changes`` in place of a folder's tensors; None takes one out."""
-    tensors = load_file(folder / WHOLE) | changes
-    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, folder / WHOLE)
+    tensors = load_file(folder / ONE_FILE) | changes
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, folder / ONE_FILE)
 
 
 def add_shards(folder, of):
     """Index and shards of the weights ``of`` another base."""
     single = folder.parent / "shards"
     single.mkdir()
-    write_shards(single, load_file(f"{of.location}/{WHOLE}").items(), shard_bytes=200_000)
+    write_shards(single, load_file(f"{of.location}/{ONE_FILE}").items(), shard_bytes=200_000)
     for file in single.iterdir():
         shutil.move(file, folder / file.name)
 
@@ -66,10 +66,10 @@ def test_the_one_file_goes_before_an_index_for_everyone(folder, tiny, other_tiny
     """As transformers has it: what is trained is what the fingerprint is of, and what a merge adds to."""
     add_shards(folder, of=other_tiny)
     base = find_base(str(folder))
-    assert [file.name for file in weight_files(base)] == [WHOLE]
+    assert [file.name for file in weight_files(base)] == [ONE_FILE]
     assert fingerprint(base) == fingerprint(tiny) != fingerprint(other_tiny)
     mine = StoredWeights(base)[QUERY]
-    assert torch.equal(mine, load_file(folder / WHOLE)[QUERY])
+    assert torch.equal(mine, load_file(folder / ONE_FILE)[QUERY])
     assert torch.equal(mine, LlamaForCausalLM.from_pretrained(folder).get_parameter(QUERY))
     loaded, plain = (load_base(one, torch.float32, torch.device("cpu"), "sdpa") for one in (base, tiny))
     assert torch.equal(loaded.get_parameter(QUERY), plain.get_parameter(QUERY))
@@ -77,13 +77,13 @@ def test_the_one_file_goes_before_an_index_for_everyone(folder, tiny, other_tiny
 
 def test_an_index_is_followed_where_the_one_file_lacks(folder, other_tiny):
     add_shards(folder, of=other_tiny)
-    (folder / WHOLE).unlink()
+    (folder / ONE_FILE).unlink()
     save_file({QUERY: torch.zeros(64, 64)}, folder / "model-00009-of-00009.safetensors")  # in no index
     base = find_base(str(folder))
     assert len(weight_files(base)) > 2
     assert fingerprint(base) == fingerprint(other_tiny)
     assert missing_bytes(base) == 0
-    assert torch.equal(StoredWeights(base)[QUERY], load_file(f"{other_tiny.location}/{WHOLE}")[QUERY])
+    assert torch.equal(StoredWeights(base)[QUERY], load_file(f"{other_tiny.location}/{ONE_FILE}")[QUERY])
 
 
 @pytest.mark.parametrize(
@@ -99,13 +99,14 @@ def test_weights_of_other_names_are_not_looked_at(folder, tiny, name):
     "name", ["consolidated.safetensors", "model.fp16.safetensors", "model-00001-of-00002.safetensors"]
 )
 def test_weights_of_other_names_alone_are_told(folder, name):
-    (folder / WHOLE).rename(folder / name)
-    assert refused(folder).startswith(f"has neither {WHOLE} nor {INDEX}, and {name} is no name that transformers loads")
+    (folder / ONE_FILE).rename(folder / name)
+    said = f"has neither {ONE_FILE} nor {INDEX}, and {name} is no name that transformers loads"
+    assert refused(folder).startswith(said)
 
 
 def test_a_shard_that_is_missing_is_told_before_anything_is_loaded(folder, other_tiny):
     add_shards(folder, of=other_tiny)
-    (folder / WHOLE).unlink()
+    (folder / ONE_FILE).unlink()
     first, second, *others = sorted(folder.glob("model-*"))
     for gone, also in ((second, []), (first, others)):
         for file in (gone, *also):
@@ -138,7 +139,7 @@ def test_a_shard_that_is_missing_is_told_before_anything_is_loaded(folder, other
 )  # fmt: skip
 def test_an_index_that_names_no_files_beside_it_is_one_line(folder, text):
     (folder.parent / "other").mkdir()
-    (folder / WHOLE).rename(folder.parent / "other" / WHOLE)
+    (folder / ONE_FILE).rename(folder.parent / "other" / ONE_FILE)
     (folder / INDEX).write_text(text, encoding="utf-8")
     (folder / "model-00001-of-00001.safetensors").touch()
     assert refused(folder).startswith(INDEX)
@@ -146,7 +147,7 @@ def test_an_index_that_names_no_files_beside_it_is_one_line(folder, text):
 
 def test_a_tensor_in_two_shards_is_refused(folder, tiny):
     add_shards(folder, of=tiny)
-    (folder / WHOLE).unlink()
+    (folder / ONE_FILE).unlink()
     first, *_, last = sorted(folder.glob("model-*.safetensors"))
     twice = next(iter(sorted(load_file(first))))
     save_file(load_file(last) | {twice: torch.zeros(2)}, last)
@@ -163,7 +164,7 @@ def test_an_adapter_beside_the_weights_is_refused(folder):
 def test_a_base_in_the_hub_s_cache_has_the_same_files(folder, tiny, other_tiny, whole, tmp_path, monkeypatch):
     add_shards(folder, of=other_tiny)
     if not whole:
-        (folder / WHOLE).unlink()
+        (folder / ONE_FILE).unlink()
     repo = tmp_path / "models--owner--tiny"
     shutil.copytree(folder, repo / "snapshots" / COMMIT)
     (repo / "refs").mkdir()
@@ -174,7 +175,7 @@ def test_a_base_in_the_hub_s_cache_has_the_same_files(folder, tiny, other_tiny, 
     fetch(base)
     assert fingerprint(base) == fingerprint(tiny if whole else other_tiny)
     loaded = load_base(base, torch.float32, torch.device("cpu"), "sdpa")
-    norm = load_file(f"{(tiny if whole else other_tiny).location}/{WHOLE}")[NORM]
+    norm = load_file(f"{(tiny if whole else other_tiny).location}/{ONE_FILE}")[NORM]
     assert torch.equal(loaded.get_parameter(NORM), norm)
 
 
@@ -248,7 +249,7 @@ def test_biases_that_config_json_tells_of_are_demanded(folder):
 def test_a_tied_head_is_the_embeddings(folder):
     config(folder, tie_word_embeddings=True)
     assert refused(folder).startswith("config.json says tie_word_embeddings, and the weights hold an lm_head.weight")
-    weights(folder, {HEAD: load_file(folder / WHOLE)[EMBEDDINGS].clone()})
+    weights(folder, {HEAD: load_file(folder / ONE_FILE)[EMBEDDINGS].clone()})
     check_weights(find_base(str(folder)))
     weights(folder, {HEAD: None})
     check_weights(find_base(str(folder)))
@@ -312,7 +313,7 @@ def test_4_bits_made_elsewhere_load_as_they_are(tiny, tmp_path, options):
 def test_a_base_in_4_bits_computes_in_the_dtype_that_was_asked_for(tiny, tmp_path, written, asked):
     """Whatever its files are in: what a T4 is given in bf16 has to become fp16 there."""
     folder = save_in_4_bits(tiny, tmp_path / "base", dtype=written, bnb_4bit_compute_dtype=written)
-    stored = load_file(folder / WHOLE)["model.embed_tokens.weight"]
+    stored = load_file(folder / ONE_FILE)["model.embed_tokens.weight"]
     found = load_base(find_base(str(folder)), asked, torch.device("cpu"), "sdpa")
     assert stored.dtype == written
     assert {one.dtype for one in found.parameters() if one.is_floating_point()} == {asked}
@@ -333,7 +334,7 @@ def test_a_base_in_4_bits_computes_in_the_dtype_that_was_asked_for(tiny, tmp_pat
     ],
 )  # fmt: skip
 def test_an_odd_header_is_one_line(folder, header):
-    (folder / WHOLE).write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    (folder / ONE_FILE).write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
     with pytest.raises(
         UserError, match=r"^model.base: the weights of [^\n]+ can't be read: model.safetensors: [^\n]+$"
     ):
@@ -342,6 +343,6 @@ def test_an_odd_header_is_one_line(folder, header):
 
 @pytest.mark.parametrize("length", [0, 2**20, 2**63])
 def test_a_header_longer_than_the_file_is_one_line(folder, length):
-    (folder / WHOLE).write_bytes(struct.pack("<Q", length))
+    (folder / ONE_FILE).write_bytes(struct.pack("<Q", length))
     with pytest.raises(UserError, match=r"can't be read: model\.safetensors: "):
         stored_tensors(find_base(str(folder)))

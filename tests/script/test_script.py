@@ -33,7 +33,7 @@ from lit_qlora.figures.lines import read_lines
 from lit_qlora.figures.tensorboard import LOSS
 from lit_qlora.model.device import Device
 from lit_qlora.model.learning import LearnsInParts
-from lit_qlora.model.script import NEEDED, check_monitors, check_trainer
+from lit_qlora.model.script import NEEDED_HOOKS, check_monitors, check_trainer
 from tests.script.parts import data, module, trainer
 
 ROOT = Path(__file__).parents[2]
@@ -306,7 +306,7 @@ def test_a_subclass_keeps_the_hooks_that_each_fit_needs(expect_error):
         def on_train_batch_end(self, outputs, batch, batch_idx):
             pass
 
-    assert all(hasattr(QLoRAModule, name) for name in NEEDED)
+    assert all(hasattr(QLoRAModule, name) for name in NEEDED_HOOKS)
     expect_error(lambda: type("Mine", (QLoRAModule,), {"on_train_start": lambda self: None}), "Mine.on_train_start",
                  "super().on_train_start(…)")  # fmt: skip
     expect_error(lambda: type("Mixed", (Mixin, QLoRAModule), {}), "Mixed.setup", "super().setup(…)")

@@ -255,7 +255,7 @@ def test_an_empty_drive_that_is_mounted_is_written_to(tmp_path, monkeypatch):
 
 def test_the_empty_drive_of_a_new_account_is_written_to(tmp_path, monkeypatch):
     (tmp_path / "content" / "MyDrive").mkdir(parents=True)
-    monkeypatch.setattr(mirror_module, "COLAB", tmp_path / "content")
+    monkeypatch.setattr(mirror_module, "COLAB_DRIVE", tmp_path / "content")
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "content")
     Mirror(RunFolder(tmp_path / "run" / "one"), tmp_path / "content" / "MyDrive" / "a", print).open(CONFIG)
     assert (tmp_path / "content" / "MyDrive" / "a" / "one").is_dir()
@@ -267,7 +267,7 @@ def test_below_a_known_place_of_a_drive_one_must_be_mounted(tmp_path, monkeypatc
     fstab, listed, colab = tmp_path / "fstab", tmp_path / "the drive", tmp_path / "content"
     fstab.write_text(f"# a comment\n/dev/sda1 / ext4\n\nnone none swap\n/dev/sdb1\t{tmp_path}/the\\040drive ext4 0 2\n")
     monkeypatch.setattr(mirror_module, "FSTAB", fstab)
-    monkeypatch.setattr(mirror_module, "COLAB", colab)
+    monkeypatch.setattr(mirror_module, "COLAB_DRIVE", colab)
     for point in (listed, colab):
         (point / "MyDrive" / "a").mkdir(parents=True)
         check_line(refused(point / below), "nothing is mounted", point, "mount the drive", begins="mirror: ")

@@ -97,7 +97,7 @@ def turns(*contents: str) -> tuple[Turn, ...]:
         ([ASSISTANT, USER, ASSISTANT], ["hi", "yo"], [messages.OPENING_LEFT_OUT]),
         ([ASSISTANT, ASSISTANT, USER], ["hi"], [messages.JOINED["assistant"], messages.OPENING_LEFT_OUT]),
         ([USER, {"role": "assistant", "content": None}, USER, ASSISTANT], ["hi\n\nhi", "yo"],
-         [messages.SAYS_NOTHING, messages.JOINED["user"]]),
+         [messages.WITHOUT_TEXT, messages.JOINED["user"]]),
         ([{"role": "user", "content": None}, ASSISTANT, USER, ASSISTANT], ["hi", "yo"], [messages.UNSEEN]),
         ([USER, ASSISTANT, {"role": "user", "content": None}, ASSISTANT], ["hi", "yo"], [messages.LAST_UNSEEN]),
         ([USER, ASSISTANT, {"role": "user", "content": float("nan")}, ASSISTANT], ["hi", "yo"], [messages.LAST_UNSEEN]),

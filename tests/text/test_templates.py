@@ -6,7 +6,7 @@ import pytest
 from jinja2 import Environment
 
 from lit_qlora.text.formats import chosen
-from lit_qlora.text.llama2 import TAGS
+from lit_qlora.text.llama2 import INST_TAGS
 
 
 class RefusedError(Exception):
@@ -40,7 +40,7 @@ def test_the_system_text_of_training_stands_where_none_is_brought():
     assert jinja(said("a", system="S"), own) == "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\na [/INST]"
 
 
-@pytest.mark.parametrize("mark", [*TAGS, "<s>", "</s>"])
+@pytest.mark.parametrize("mark", [*INST_TAGS, "<s>", "</s>"])
 @pytest.mark.parametrize("messages", [said("x{}y"), said("a", "{}", "b"), said("a", system="{}")])
 def test_what_could_forge_a_turn_is_refused(mark, messages):
     hostile = json.loads(json.dumps(messages).replace("{}", mark))

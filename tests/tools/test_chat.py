@@ -33,7 +33,7 @@ from lit_qlora.tools.answering import terminal
 from lit_qlora.tools.answering.answerer import Answer, Answerer, choose_adapter
 from lit_qlora.tools.answering.dialog import Dialog
 from lit_qlora.tools.answering.streaming import TextStream
-from lit_qlora.tools.answering.terminal import Terminal, side_by_side
+from lit_qlora.tools.answering.terminal import Terminal, two_columns
 from tests.answers import answers
 from tests.expect import check_line
 
@@ -385,7 +385,7 @@ def test_a_backslash_continues_a_question_on_the_next_line(talk):
 
 
 def test_the_commands_fit_80_columns():
-    assert max(map(len, terminal.HELP.split("\n"))) < 80
+    assert max(map(len, terminal.DIALOG_HELP.split("\n"))) < 80
 
 
 def test_commands_in_capitals_and_with_words_behind_them(talk):
@@ -516,7 +516,7 @@ def test_compare_asks_both(answerer, monkeypatch, capsys):
 
 
 def test_two_columns():
-    assert side_by_side(("one", "a b"), ("two", "c " * 30 + "\nd"), 53).split("\n") == [
+    assert two_columns(("one", "a b"), ("two", "c " * 30 + "\nd"), 53).split("\n") == [
         "one                       | two",
         "---                       | ---",
         "a b                       | c c c c c c c c c c c c c",
@@ -524,11 +524,11 @@ def test_two_columns():
         "                          | c c c c",
         "                          | d",
     ]
-    assert side_by_side(("one", "a"), ("two", "b"), 49) == "one:\na\ntwo:\nb"
+    assert two_columns(("one", "a"), ("two", "b"), 49) == "one:\na\ntwo:\nb"
 
 
 def test_two_columns_of_wide_characters_and_of_code():
-    assert side_by_side(("one", "漢字 " * 6), ("two", "def f():\n\treturn 1"), 53).split("\n")[2:] == [
+    assert two_columns(("one", "漢字 " * 6), ("two", "def f():\n\treturn 1"), 53).split("\n")[2:] == [
         "漢字 漢字 漢字 漢字 漢字  | def f():",
         "漢字                      |         return 1",
     ]

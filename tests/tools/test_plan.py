@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from lit_qlora import demo
 from lit_qlora.cli import main
 from lit_qlora.data.held_out import Parts
-from lit_qlora.model.shape import LLAMA_2
+from lit_qlora.model.shape import LLAMA_2_SIZES
 from lit_qlora.tools import plan as plan_verb
 
 T4 = str(Path(__file__).parents[2] / "configs" / "colab_t4.yaml")
@@ -285,7 +285,7 @@ def test_a_named_card_keeps_its_own_capability(plan):
 
 
 def test_a_folder_needs_no_more_than_its_config(plan, tmp_path):
-    config = LLAMA_2["7b"] | {"architectures": ["LlamaForCausalLM"]}
+    config = LLAMA_2_SIZES["7b"] | {"architectures": ["LlamaForCausalLM"]}
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text(json.dumps(config), encoding="utf-8")
     lines = plan("--config", T4, "--model.base", "base")

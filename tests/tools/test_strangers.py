@@ -141,7 +141,7 @@ def test_a_merged_folder_whose_prompts_are_not_known(
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [*((name, 3) for name in lora.TEXTS), ("base", ["x"]), ("base", {"x": 1}), ("base", True)]
+    ("name", "value"), [*((name, 3) for name in lora.BASE_KEYS), ("base", ["x"]), ("base", {"x": 1}), ("base", True)]
 )
 def test_what_is_no_text_in_a_record(run: Path, capsys: pytest.CaptureFixture[str], name: str, value: object) -> None:
     _change(run / "adapter/lit_qlora.json", **{name: value})

@@ -17,14 +17,14 @@ from lit_qlora.tools.answering.dialog import Dialog, cut_note
 TICK_S = 0.05
 """Seconds between updates of an answer: smooth to the eye, and few enough for a tunnel."""
 
-LIMIT = "Answer limit, under Settings,"
+ANSWER_LIMIT = "Answer limit, under Settings,"
 WAITING = "(another page is being answered; this one is next in turn)"
 
 Messages = list[dict[str, Any]]
 """What a column of the page shows, in gradio's form."""
 
 
-class Asked(NamedTuple):
+class WebQuestion(NamedTuple):
     """A question, its conversation, and how its answer is sampled."""
 
     question: str
@@ -39,8 +39,8 @@ class Tab(Dialog):
         super().__init__(*args)
         self.of_adapter: Messages = []
         self.of_base: Messages = []
-        self.for_adapter: Asked | None = None
-        self.for_base: Asked | None = None
+        self.for_adapter: WebQuestion | None = None
+        self.for_base: WebQuestion | None = None
         """What was asked last, until it was answered."""
         self.answering = self.stopped = False
 
@@ -100,7 +100,7 @@ class Worker:
         yield tab.shown
 
     def _answer(
-        self, tab: Tab, asked: Asked, messages: Messages, switch: Callable[[], AbstractContextManager[None]]
+        self, tab: Tab, asked: WebQuestion, messages: Messages, switch: Callable[[], AbstractContextManager[None]]
     ) -> Generator[tuple[Messages, Messages], None, Answer]:
         """Let the worker answer, and add its text to ``messages``, until it is complete or stopped."""
         pieces: list[str] = []
@@ -127,7 +127,7 @@ class Worker:
             future.cancel()
         done = Answer("", False) if future.cancelled() else future.result()
         message["text"] = _escaped(done.text)
-        note = "" if done.stopped else cut_note(asked.sampling, LIMIT)
+        note = "" if done.stopped else cut_note(asked.sampling, ANSWER_LIMIT)
         add_message(messages, "assistant", "(stopped)" if tab.stopped else note)
         return done
 

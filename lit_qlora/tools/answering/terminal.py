@@ -22,7 +22,7 @@ from lit_qlora.text.conversation import Conversation, Turn
 from lit_qlora.tools.answering.answerer import Answer
 from lit_qlora.tools.answering.dialog import Dialog, cut_note
 
-HELP = """\
+DIALOG_HELP = """\
 /reset        forget the conversation; the system text stays
 /system       show the system text; /system TEXT sets it, /system - removes it
 /compare      ask adapter and base the last question (else the next one), and
@@ -87,7 +87,7 @@ class Terminal(Dialog):
         word, _, rest = line.strip().partition(" ")
         commands: dict[str, Callable[[str], None]] = {
             "/reset": self._reset, "/system": self._system, "/compare": self._compare, "/save": self._save,
-            "/help": lambda _: print(HELP),
+            "/help": lambda _: print(DIALOG_HELP),
         }  # fmt: skip
         if not line.startswith("/"):
             if word:
@@ -160,7 +160,7 @@ class Terminal(Dialog):
             texts.append(harmless(answer.text) + ("" if answer.stopped else f"\n{cut_note(self.sampling)}"))
             if heading == "adapter":
                 of_adapter = answer
-        print(side_by_side(("adapter", texts[0]), ("base", texts[1]), get_terminal_size().columns))
+        print(two_columns(("adapter", texts[0]), ("base", texts[1]), get_terminal_size().columns))
         if question:
             self._tell(self.remember(question, of_adapter))
 
@@ -200,7 +200,7 @@ def _typed() -> str:
     return "\n".join(lines)
 
 
-def side_by_side(left: tuple[str, str], right: tuple[str, str], columns: int) -> str:
+def two_columns(left: tuple[str, str], right: tuple[str, str], columns: int) -> str:
     """Two headed texts in two columns; one below the other on a narrow terminal.
 
     Args:

@@ -21,13 +21,13 @@ from lit_qlora.model.generate import Sampling
 from lit_qlora.text.conversation import Turn
 from lit_qlora.tools.answering.answerer import Answerer
 from lit_qlora.tools.answering.door import Door
-from lit_qlora.tools.answering.tabs import Asked, Tab, Worker, add_message
+from lit_qlora.tools.answering.tabs import Tab, WebQuestion, Worker, add_message
 
 ASK, STOP = "Ask", "Stop"
 """Labels of the buttons beside a question: words, for those who hear the page."""
-EXAMPLES = 3
+NUM_EXAMPLES = 3
 """Example questions on the page."""
-NEEDED = (6, 29)
+OLDEST_GRADIO = (6, 29)
 """The oldest supported gradio, as in requirements-web.txt."""
 
 CSS = """
@@ -63,7 +63,7 @@ def check_gradio() -> None:
         found = version("gradio")
     except PackageNotFoundError:
         found = ""
-    if not found or tuple(map(int, found.split(".")[:2])) < NEEDED:
+    if not found or tuple(map(int, found.split(".")[:2])) < OLDEST_GRADIO:
         what = f"gradio {found} is too old" if found else "gradio is not installed"
         raise UserError(what, option="web", remedy="pip install -r requirements-web.txt")
 
@@ -162,7 +162,7 @@ class Page:
         field = partial(gradio.Number, min_width=120)
         title, base = f"Chat with {self._trained}", answerer.base.public_name
         about = f"{base}, fine-tuned in this run" if answerer.run else f"{base}, with an adapter"
-        examples = short_prompts(answerer.run.samples, EXAMPLES) if answerer.run else []  # held out
+        examples = short_prompts(answerer.run.samples, NUM_EXAMPLES) if answerer.run else []  # held out
         with gradio.Blocks(title=f"{title} | lit-qlora", analytics_enabled=False, fill_width=True) as blocks:
             gradio.HTML(f"<h1>{escape(title)}</h1><p>{escape(about)}</p>", elem_id="name")
             with gradio.Row(elem_id="columns"):
@@ -221,7 +221,7 @@ class Page:
             conversation, note = tab.fitting([*tab.turns, Turn("user", question)])
         except UserError as error:
             return {self._tab: tab, **self._tell(str(error))}
-        tab.for_adapter = tab.for_base = Asked(question, conversation, tab.sampling)
+        tab.for_adapter = tab.for_base = WebQuestion(question, conversation, tab.sampling)
         add_message(tab.of_adapter, "user", question)
         add_message(tab.of_adapter, "assistant", note)
         return {self._tab: tab, **self._tell(""), **self._ready(False, value="")}

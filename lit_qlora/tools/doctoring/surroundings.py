@@ -27,7 +27,7 @@ MODULES = {
     "lightning": "lightning.pytorch",
     "transformers": "transformers.models.llama.modeling_llama",
 }
-TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 """Variables of the environment that may hold the hub's token."""
 WITHOUT_TORCH = ("jsonargparse", "datasets", "tensorboard")
 LARGEST = 32_000 * 4096
@@ -351,7 +351,7 @@ def hub_cache() -> Path:
 
 def token() -> Iterator[Finding]:
     """The place of the hub's token, if there is one; never its value."""
-    if any(os.environ.get(name, "").strip() for name in TOKENS):
+    if any(os.environ.get(name, "").strip() for name in TOKEN_VARIABLES):
         yield Finding("ok", "token: in the environment")
         return
     home = os.environ.get("HF_HOME", "~/.cache/huggingface")

@@ -19,7 +19,7 @@ WORDS, ALIKE = 3, 0.7
 
 _WORD = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_]+")
 
-Kind = Literal["same", "near", "question"]
+DoubleKind = Literal["same", "near", "question"]
 
 
 class Double(NamedTuple):
@@ -27,7 +27,7 @@ class Double(NamedTuple):
 
     held_out: int
     train: int
-    kind: Kind
+    kind: DoubleKind
 
 
 def find_doubles(train: Sequence[Conversation], held_out: Sequence[Conversation]) -> list[Double]:
@@ -46,7 +46,7 @@ def find_doubles(train: Sequence[Conversation], held_out: Sequence[Conversation]
         same[" ".join(words)].append(number)
         asked[" ".join(_words(conversation.turns[0].content))].append(number)
     near = _Near(texts)
-    found: dict[Kind, dict[int, int]] = {"same": {}, "near": {}, "question": {}}
+    found: dict[DoubleKind, dict[int, int]] = {"same": {}, "near": {}, "question": {}}
     for number, conversation in enumerate(train):
         words = _words(" ".join(turn.content for turn in conversation.turns))
         found["same"] |= dict.fromkeys(same.pop(" ".join(words), ()), number)

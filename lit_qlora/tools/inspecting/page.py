@@ -13,13 +13,13 @@ from lit_qlora.tools.inspecting import words
 from lit_qlora.tools.inspecting.look import Look
 from lit_qlora.wording import of_number
 
-MARK = "<!-- lit-qlora inspect -->"
+PAGE_MARK = "<!-- lit-qlora inspect -->"
 """Begins each page: a file without it is not replaced by one."""
-NAMED = 1000
+NAMED_ON_PAGE = 1000
 """Rows that are named for each fault, and doubles of each kind."""
 
 
-def page(seen: Look, accepted: Collection[str]) -> str:
+def inspection_page(seen: Look, accepted: Collection[str]) -> str:
     """The page as HTML.
 
     Args:
@@ -34,16 +34,16 @@ def page(seen: Look, accepted: Collection[str]) -> str:
         is_fine=not faults,
         verdict=words.verdict_in_words(seen, accepted),
         kinds=[
-            (kind, of_number(rows, KINDS[kind]), rows, found[:NAMED], len(found[NAMED:]))
+            (kind, of_number(rows, KINDS[kind]), rows, found[:NAMED_ON_PAGE], len(found[NAMED_ON_PAGE:]))
             for kind, found in faults.items()
             if (rows := words.num_rows(found))
         ],
         accepted=words.accepted_in(seen, accepted),
         parts=[
-            (part.name, printable(part.source), [*words.sources_of(part), *map(printable, part.notes)])
+            (part.name, printable(part.source), [*words.source_lines(part), *map(printable, part.notes)])
             for part in seen.parts
         ],
-        counts=words.counts(seen.parts),
+        counts=words.part_figures(seen.parts),
         losses=[(part.name, *loss) for part in seen.parts for loss in words.losses(part, seen.max_length)],
         notes=seen.notes,
         lengths=f"{words.lengths_in_words(seen)}: {words.longest(seen)}",
@@ -53,9 +53,9 @@ def page(seen: Look, accepted: Collection[str]) -> str:
         batchings=[(words.batching_name(one), one) for one in seen.batchings],
         run=words.run_in_words(seen),
         doubles=[
-            (title, len(words.doubles_of(seen, kind)), words.doubles_of(seen, kind)[:NAMED])
+            (title, len(words.doubles_of(seen, kind)), words.doubles_of(seen, kind)[:NAMED_ON_PAGE])
             for kind, title in words.DOUBLES.items()
         ],
         rows=[(" ".join(words.title_of(row)), [*stretches(row.tokens)]) for row in seen.shown],
     )
-    return f"{MARK}\n{body}"
+    return f"{PAGE_MARK}\n{body}"

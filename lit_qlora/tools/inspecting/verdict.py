@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 from lit_qlora.batch import IGNORE_INDEX
 from lit_qlora.columns import printable
-from lit_qlora.data.encode import Encoder, Example, Written, joined
+from lit_qlora.data.encode import Encoder, Example, Written, joined_rows
 from lit_qlora.data.tokenizer import special_tokens
 
 _SHORTEN = "a larger data.max_length keeps them whole; else shorten or divide them"
-REMEDIES = {
+FAULT_REMEDIES = {
     "unread": "mend or delete them; fit refuses a source of which more than one row in ten can't be read",
     "nothing": f"where nothing is answered, mend or delete them; where a prompt is long, {_SHORTEN}",
     "end": f"what is cut teaches no end; {_SHORTEN}",
@@ -156,7 +156,7 @@ def _texts(written: Sequence[Written]) -> list[tuple[str, list[int]]]:
 def _as_batched(examples: Sequence[Example]) -> Batched:
     """Examples as batches must hold them. Nothing predicts a first token, so it is never learned."""
     learned = [[label != IGNORE_INDEX for label in example.labels] for example in examples]
-    return Batched(joined([example.input_ids for example in examples]), [False, *joined(learned)[1:]])
+    return Batched(joined_rows([example.input_ids for example in examples]), [False, *joined_rows(learned)[1:]])
 
 
 def _spans(written: Sequence[Written], answers: bool) -> Iterator[tuple[int, int]]:

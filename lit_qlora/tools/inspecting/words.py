@@ -16,11 +16,11 @@ from lit_qlora.data.faults import KINDS
 from lit_qlora.data.files import split_place
 from lit_qlora.data.view import Token, stretches
 from lit_qlora.tools.inspecting.look import Batching, Found, Look, Part, Shown
-from lit_qlora.tools.inspecting.verdict import REMEDIES
+from lit_qlora.tools.inspecting.verdict import FAULT_REMEDIES
 from lit_qlora.wording import number_of, of_number
 
 BAR = 40
-NAMED = 5
+NAMED_IN_TERMINAL = 5
 """Rows that are named for each fault, and doubles of each kind; the page has all."""
 FEW = 3
 """Rows of a part, at most, that are named, such as what is held out of a small file."""
@@ -49,7 +49,7 @@ class Bin(NamedTuple):
     is_cut: bool
 
 
-def lines(seen: Look, accepted: Collection[str], colour: bool = False, whole: bool = False) -> Iterator[str]:
+def inspection_lines(seen: Look, accepted: Collection[str], colour: bool = False, whole: bool = False) -> Iterator[str]:
     """All of it; the verdict is last.
 
     Args:
@@ -75,19 +75,19 @@ def lines(seen: Look, accepted: Collection[str], colour: bool = False, whole: bo
 
 def _counts(seen: Look) -> Iterator[str]:
     yield f"{'':30}" + "".join(f"{part.name:>14}" for part in seen.parts)
-    for title, values in counts(seen.parts):
+    for title, values in part_figures(seen.parts):
         yield f"{title:30}" + "".join(f"{value:>14,}" for value in values)
     for part in seen.parts:
         few = f" ({', '.join(part.where)})" if len(part.where) <= FEW else ""
         yield f"{part.name}: {printable(part.source + few)}"
-        yield from (f"  {line}" for line in sources_of(part))
+        yield from (f"  {line}" for line in source_lines(part))
         for note in part.notes:
             yield from _wrapped(note, "  ")
     for note in seen.notes:
         yield from _wrapped(note)
 
 
-def sources_of(part: Part) -> list[str]:
+def source_lines(part: Part) -> list[str]:
     """Conversations and left-out rows of each of several sources."""
     return [
         f"{count:>9,} of {printable(name)}" + (f", {number_of(lost, 'rows')} left out" if lost else "")
@@ -95,7 +95,7 @@ def sources_of(part: Part) -> list[str]:
     ]
 
 
-def counts(parts: Sequence[Part]) -> list[tuple[str, list[int]]]:
+def part_figures(parts: Sequence[Part]) -> list[tuple[str, list[int]]]:
     """The figures of each part, by their titles."""
     return [
         ("rows", [part.num_rows for part in parts]),
@@ -225,7 +225,7 @@ def _doubles(seen: Look) -> Iterator[str]:
     for kind, title in DOUBLES.items():
         found = doubles_of(seen, kind)
         yield f"  {title:42}{len(found):>7,}"
-        for one, other in found[:NAMED]:
+        for one, other in found[:NAMED_IN_TERMINAL]:
             yield from _placed(f"    {printable(one)}", f"is like {printable(other)}", is_place=True)
 
 
@@ -309,11 +309,11 @@ def _verdict(seen: Look, accepted: Collection[str], colour: bool) -> Iterator[st
         yield f"accepted: {title}: {count:,}"
     for kind, found in by_kind(seen.found, accepted).items():
         yield f"{number_of(num_rows(found), KINDS[kind])} (--accept {kind})"
-        for one in found[:NAMED]:
+        for one in found[:NAMED_IN_TERMINAL]:
             yield from _placed(f"    {printable(one.where)}:", one.fault.words)
-        if len(found) > NAMED:
-            yield from _wrapped(f"also {_numbers(one.where for one in found[NAMED:])}", "    ")
-        yield from _wrapped(REMEDIES[kind], "    ")
+        if len(found) > NAMED_IN_TERMINAL:
+            yield from _wrapped(f"also {_numbers(one.where for one in found[NAMED_IN_TERMINAL:])}", "    ")
+        yield from _wrapped(FAULT_REMEDIES[kind], "    ")
     words = f"verdict: {verdict_in_words(seen, accepted)}"
     code = RED if by_kind(seen.found, accepted) else GREEN
     for line in _wrapped(words):

@@ -74,7 +74,7 @@ class LoraWeights:
 
     def __init__(self, folder: Path) -> None:
         self._config = read_object(folder / ADAPTER_CONFIG)
-        lora_config.check(folder, self._config)
+        lora_config.check_config(folder, self._config)
         if self._config.get("lora_bias"):
             raise UserError(f"{folder} has lora_bias, and a merge adds to weights, not to biases", option="adapter")
         self._file = folder / ADAPTER_WEIGHTS

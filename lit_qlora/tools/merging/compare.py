@@ -133,7 +133,7 @@ def difference(folder: Path, wanted: Reference, device: torch.device) -> Differe
     return Difference((found - wanted.logits).abs().max().item(), agreement, len(found))
 
 
-def check(found: Difference, dtype: str, *, is_trained: bool = True) -> None:
+def check_rounding(found: Difference, dtype: str, *, is_trained: bool = True) -> None:
     """Check that rounding explains a difference.
 
     Args:

@@ -65,7 +65,7 @@ def write_merged(target: Path, chosen: ResolvedAdapter, dtype: DType, onto: Onto
         (folder / RECORD).write_text(json.dumps(made_of, indent=2), encoding="utf-8")
         _write_tokenizer(folder, chosen.base, encoder, texts)
         found = compare.difference(folder, wanted, device)
-        compare.check(found, dtype, is_trained=onto == "quantized")
+        compare.check_rounding(found, dtype, is_trained=onto == "quantized")
         prompts = encoder.prompt_format.described("tokenizer_config.json")
         (folder / CARD).write_text(_card(chosen, dtype, onto, found, prompts), encoding="utf-8")
         than = "base + adapter" if onto == "quantized" else "the 4-bit base + adapter that was trained"

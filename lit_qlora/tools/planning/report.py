@@ -13,7 +13,7 @@ from lit_qlora.forecast.host import loading_bytes
 from lit_qlora.model.base import Base
 from lit_qlora.wording import duration, number_of, of_number
 
-OWN = "may fit, what transformers' own layers take beside not counted"
+MAY_FIT = "may fit, what transformers' own layers take beside not counted"
 TIGHT = f"may fit, within {memory.RESERVE:.0%} of the card"
 
 
@@ -39,7 +39,7 @@ class Verdict(NamedTuple):
     words: str
 
 
-def lines(plan: Plan) -> Iterator[str]:
+def plan_lines(plan: Plan) -> Iterator[str]:
     """The words of a plan.
 
     Args:
@@ -77,7 +77,7 @@ def verdict(forecast: Forecast) -> Verdict:
 def _surely(forecast: Forecast) -> str | None:
     """The reason why it only may fit; None if it does."""
     if forecast.is_slow:
-        return OWN
+        return MAY_FIT
     return None if forecast.fits(1 - memory.RESERVE) else TIGHT
 
 

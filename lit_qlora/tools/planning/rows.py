@@ -24,7 +24,7 @@ PUBLISHED = {"timdettmers/openassistant-guanaco": 9846, "mlabonne/guanaco-llama2
 """Training rows of data sets with lengths like Guanaco's."""
 
 
-def look(trainer: Any, data: ChatDataModule, base: Base, answers: SampleAnswers) -> tuple[Rows, Samples]:
+def find_rows(trainer: Any, data: ChatDataModule, base: Base, answers: SampleAnswers) -> tuple[Rows, Samples]:
     """Find the training rows and the sample answers of a fit, as far as they are local.
 
     Args:

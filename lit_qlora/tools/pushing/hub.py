@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Contents = dict[str, Path | bytes]
 """The files to send, by their names in the repository."""
 
-KINDS = {ADAPTER_CONFIG: "adapter", "config.json": "merged model"}
+KIND_BY_FILE = {ADAPTER_CONFIG: "adapter", "config.json": "merged model"}
 """The kind of a folder or a repository, by the file that marks it."""
 
 
@@ -83,7 +83,7 @@ class Hub:
         """Check that the repository may get what is sent.
 
         Args:
-            kind: one of `KINDS`.
+            kind: one of `KIND_BY_FILE`.
 
         Raises:
             UserError: if a private push would be public, or two kinds would mix.
@@ -94,7 +94,7 @@ class Hub:
                 option="to",
                 remedy="make it private on the hub, take another name, or give --public",
             )
-        for name, other in KINDS.items():
+        for name, other in KIND_BY_FILE.items():
             if other != kind and name in self._files:
                 # transformers would apply the adapter to the merged model.
                 raise UserError(

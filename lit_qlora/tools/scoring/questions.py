@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lit_qlora.data.encode import Encoder
 
 LETTERS = ("A", "B", "C", "D")
-COLUMNS = ("question", *LETTERS, "answer")
+QUESTION_COLUMNS = ("question", *LETTERS, "answer")
 SPLIT = re.compile(r"_(test|val|dev)$")
 """MMLU's suffixes of a subject in a file's name."""
 
@@ -76,23 +76,23 @@ def _read(path: Path) -> tuple[Question, ...]:
     place, header = rows[0]
     heads = [cell.strip().lower() for cell in header]
     if "question" in heads and "answer" in heads:
-        missing = [name for name in COLUMNS if name.lower() not in heads]
+        missing = [name for name in QUESTION_COLUMNS if name.lower() not in heads]
         if missing:
             problem = f"no column {missing[0]!r}, columns found: {excerpt(header)}"
-            raise SourceError(place, problem, f"expected {', '.join(COLUMNS)}")
+            raise SourceError(place, problem, f"expected {', '.join(QUESTION_COLUMNS)}")
         rows = rows[1:]
         if not rows:
             raise SourceError(path, "holds a header and no question", "check how it was made")
     else:
-        heads = [name.lower() for name in COLUMNS]
+        heads = [name.lower() for name in QUESTION_COLUMNS]
     return tuple(_question(where, cells, heads) for where, cells in rows)
 
 
 def _question(where: str, cells: list[str], heads: list[str]) -> Question:
     if len(cells) != len(heads):
-        problem = f"{len(cells)} columns, expected {len(heads)} ({', '.join(COLUMNS)}), got {excerpt(cells)}"
+        problem = f"{len(cells)} columns, expected {len(heads)} ({', '.join(QUESTION_COLUMNS)}), got {excerpt(cells)}"
         raise SourceError(where, problem, "put quotes around texts that hold commas")
-    text, *choices, answer = (cells[heads.index(name.lower())] for name in COLUMNS)
+    text, *choices, answer = (cells[heads.index(name.lower())] for name in QUESTION_COLUMNS)
     if answer.strip() not in LETTERS:
         raise UserError(f"the answer is {excerpt(answer)}, expected A, B, C or D", place=where)
     if not text.strip():

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.nn.utils.rnn import pad_sequence
 
 from lit_qlora.batch import Batch
@@ -21,9 +20,8 @@ from lit_qlora.errors import UserError
 from lit_qlora.model.loss import token_cross_entropies
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.tools.answering.answerer import ResolvedAdapter
+from lit_qlora.tools.scoring.intervals import Array
 from lit_qlora.trainer import QLoRATrainer
-
-Array = NDArray[np.float64]
 
 
 class Scorer(QLoRAModule):

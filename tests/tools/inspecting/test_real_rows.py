@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 
 from lit_qlora.cli import main
-from lit_qlora.model.shape import LLAMA_2
+from lit_qlora.model.shape import LLAMA_2_SIZES
 
 pytestmark = pytest.mark.slow
 
@@ -21,7 +21,7 @@ def base(real, tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("base")
     for file in (real / "llama2-tokenizer").iterdir():
         (folder / file.name).symlink_to(file)
-    config = LLAMA_2["7b"] | {"architectures": ["LlamaForCausalLM"]}
+    config = LLAMA_2_SIZES["7b"] | {"architectures": ["LlamaForCausalLM"]}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return str(folder)
 

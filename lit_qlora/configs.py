@@ -66,7 +66,7 @@ def check_config_file(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoade
     except RecursionError as error:
         raise UserError("something in it stands within itself (& and *), or is nested too deep", place=path) from error
     except (ValueError, LookupError, AttributeError, OverflowError) as error:  # a number, date or tag that does not fit
-        line, problem = _misfit(root, loader) if root else (1, NO_VALUE)
+        line, problem = _misfit_value(root, loader) if root else (1, NO_VALUE)
         raise UserError(f"no valid YAML: {problem}", place=f"{path}:{line}") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)  # of a character that YAML can't hold there is a position alone
@@ -110,7 +110,7 @@ def _values(node: yaml.Node, name: str = "") -> Iterator[tuple[str, yaml.Node]]:
         yield name, node
 
 
-def _misfit(root: yaml.Node, loader: type[yaml.SafeLoader]) -> tuple[int, str]:
+def _misfit_value(root: yaml.Node, loader: type[yaml.SafeLoader]) -> tuple[int, str]:
     """Line and problem of the first single value that is none of its kind, such as a date in month 13."""
     for _, node in _values(root):
         try:

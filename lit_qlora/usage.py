@@ -149,7 +149,7 @@ def help_of(verb: str, asked: str) -> str:
         words = "A class, such as a logger, is given by name, and its arguments as --trainer.logger.NAME VALUE."
         lines += ["", *textwrap.wrap(words, WIDTH)]
     else:
-        shown = _shown(verb, options)
+        shown = _options_shown(verb, options)
         lines += ["", f"options ({len(shown) + 1} of {len(options) + 1}; --help=all lists them all):"]
         lines += _lines([CONFIG_OPTION, *(options[name] for name in shown)])
     return "\n".join(lines) + "\n"
@@ -186,7 +186,7 @@ def _head(verb: str, needed: str, title: str) -> list[str]:
     return lines
 
 
-def _shown(verb: str, options: dict[str, Option]) -> list[str]:
+def _options_shown(verb: str, options: dict[str, Option]) -> list[str]:
     """The options that matter for ``verb``: its own first."""
     own = [name for name in options if "." not in name and name not in {one.name for one in options_of("fit")}]
     of_all = FOR_SCORES if verb in ("validate", "test") else MATTER

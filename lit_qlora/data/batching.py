@@ -254,7 +254,7 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _end_with_parent(_: int) -> None:
+def _watch_parent(_: int) -> None:
     """In a worker: make it end with its parent process, even if that was killed."""
 
     def wait(sentinel: int) -> None:
@@ -336,7 +336,7 @@ class ResumableLoader:
             batch_size=None,
             collate_fn=_as_it_is,  # type: ignore[arg-type]  # without a batch size, it gets one item
             num_workers=self.num_workers,
-            worker_init_fn=_end_with_parent,
+            worker_init_fn=_watch_parent,
         )
         with no_signals_for_children():  # the workers end with the epoch, or with this process
             loaded.append(iter(loader))

@@ -101,7 +101,7 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[Row]:
         UserError: when the file can't be read, is not what its ending says, or holds no rows.
     """
     ending, packing = kind_of(path)
-    data = _read(path, packing)
+    data = _unpacked(path, packing)
     if ending in (".parquet", ARROW):
         rows = list(_table_rows(path, data, ending))
     elif ending == ".csv":
@@ -113,7 +113,7 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[Row]:
     return rows
 
 
-def _read(path: Path, packing: str = "") -> bytes:
+def _unpacked(path: Path, packing: str = "") -> bytes:
     """What a file holds, unpacked. Raises SourceError where it can't be read, or holds no data."""
     try:
         if path.exists() and not path.is_file():  # a pipe would be waited for without a word
@@ -314,7 +314,7 @@ def read_cells(path: Path) -> list[tuple[str, list[str]]]:
 
     Raises SourceError when the file can't be read or is no CSV.
     """
-    return list(_csv_cells(path, _decode(path, _read(path))))
+    return list(_csv_cells(path, _decode(path, _unpacked(path))))
 
 
 def _csv_cells(

@@ -184,13 +184,13 @@ def check_early(source: Source, split: str, reading: Reading = ANY_FORM, seed: i
     if not _is_quick(source, split):
         return
     rows, _, _ = _rows_of(source, split, reading, seed)
-    _check_named(source.called(split), rows, reading)
+    _check_columns(source.called(split), rows, reading)
     faults, counts, num_unused = list[UserError](), Counts(), 0
     for number, row in enumerate(rows[:MOST_EARLY_ROWS]):
         if number >= EARLY_ROWS and not faults:
             return
         try:
-            read = _read(row, reading)
+            read = _conversation_of(row, reading)
             conversation, reason = _trainable(read.conversation)
             if conversation is None:
                 counts.dropped[reason] += 1
@@ -361,10 +361,10 @@ def _to_records(name: str, rows: list[Row], reading: Reading) -> Records:
     kept, lost = list[Kept](), list[LeftOut]()
     faults: list[tuple[str, UserError]] = []
     left_out = ""
-    _check_named(name, rows, reading)
+    _check_columns(name, rows, reading)
     for row in counted("read", rows, len(rows)):
         try:
-            read = _read(row, reading)
+            read = _conversation_of(row, reading)
         except UserError as fault:
             if reading.strict:
                 raise
@@ -399,7 +399,7 @@ def _to_records(name: str, rows: list[Row], reading: Reading) -> Records:
     return Records(name, kept, count_unanswered(kept) | counts.in_words(), lost)
 
 
-def _check_named(name: str, rows: list[Row], reading: Reading) -> None:
+def _check_columns(name: str, rows: list[Row], reading: Reading) -> None:
     """Raises UserError for one of ``reading.columns`` that no row of the source ``name`` has."""
     found = dict.fromkeys(column for row in rows for column in row.value)
     for known, column in (reading.columns or {}).items():
@@ -411,7 +411,7 @@ def _check_named(name: str, rows: list[Row], reading: Reading) -> None:
             raise UserError(problem, option=option, place=name, remedy=remedy)
 
 
-def _read(row: Row, reading: Reading) -> Read:
+def _conversation_of(row: Row, reading: Reading) -> Read:
     """Raises UserError, with the row's place, for what is no conversation."""
     if row.fault:
         raise row.fault

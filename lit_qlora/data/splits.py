@@ -288,7 +288,7 @@ def _by_split(folder: Path, named: Mapping[Path, _Name]) -> dict[str, list[Path]
             both = f"{folder}/*{min(endings)}" if len(endings) == 1 else f"data.source [{found[0]}, {found[1]}]"
             remedy = "keep one of them" + (f", or give both: {both}" if kind == "train" else "")
             raise SourceError(folder, f"holds both {found[0].name} and {found[1].name}, expected one", remedy)
-        _check_whole(folder, found)
+        _check_parts(folder, found)
         name = parts[0][1] if parts else _bare(found[0])
         files[name if named[found[0]].exact else kind] = found
     return files
@@ -298,11 +298,11 @@ def _by_folder(folder: Path) -> dict[str, list[Path]]:
     """Of folders that are named as splits, the files."""
     found = {path: _data_in(path) for path in entries(folder) if path.is_dir() and path.name.lower() in SPLIT_NAMES}
     for path, paths in found.items():
-        _check_whole(path, paths)
+        _check_parts(path, paths)
     return {path.name: paths for path, paths in found.items() if paths}
 
 
-def _check_whole(folder: Path, paths: Sequence[Path]) -> None:
+def _check_parts(folder: Path, paths: Sequence[Path]) -> None:
     """Raises SourceError where a part of a split is gone."""
     if missing := _missing(paths):
         raise SourceError(folder, missing[0], "copy the others, too")

@@ -170,7 +170,7 @@ def _load(base: str, kind: str = "AutoTokenizer", **changes: bool) -> "PreTraine
         if "auto_map" in stated and not hasattr(transformers, str(stated.get("tokenizer_class", "AutoTokenizer"))):
             problem = "is code of its own, and code that comes with a base is never run"
             raise _wrong(base, problem, "take a copy whose tokenizer is one of the library") from error
-        problem = f"no tokenizer could be loaded from {excerpt(base)}: {_reason(error, location)}"
+        problem = f"no tokenizer could be loaded from {excerpt(base)}: {_load_failure(error, location)}"
         raise UserError(problem, option="model.base") from error
     _check_named(base, tokenizer)
     if getattr(getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None), "dropout", None):
@@ -231,7 +231,7 @@ def _is_class(name: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, transformers.PreTrainedTokenizerBase)
 
 
-def _reason(error: Exception, location: str) -> str:
+def _load_failure(error: Exception, location: str) -> str:
     """The reason in the library's words, unless those are misleading."""
     if isinstance(error, RecursionError):
         return "its files are nested too deep, or name each other"

@@ -96,7 +96,7 @@ def card(
         address=base if HUB_ID.fullmatch(base) else f"path/to/{base}",  # for others, no path of this machine
         sources=_listed(sources),
         prompts=prompt_format.described(RECORD),
-        rows=[*_rows(before, after)],
+        rows=[*_measured(before, after)],
         cost=[*_cost(figures, step, training_s)],
         step=step,
         curves=CURVES if has_curves else None,
@@ -170,7 +170,7 @@ def _metadata(base: str, sources: Sequence[str], relation: str = "adapter") -> s
     ).to_yaml()
 
 
-def _rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+def _measured(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     for title, name, show in HELD_OUT:
         if name in after:
             yield title, show(float(before[name])) if name in before else "not measured", show(float(after[name]))

@@ -361,7 +361,7 @@ def moments(step: Step) -> list[StepMemory]:
                 gradients=accumulated + done,
             )
         )
-    return _recorded(step, found) if step.uses_cuda_graphs else found
+    return _with_recordings(step, found) if step.uses_cuda_graphs else found
 
 
 def step_memory(step: Step) -> StepMemory:
@@ -373,7 +373,7 @@ def step_memory(step: Step) -> StepMemory:
     return max(moments(step), key=lambda moment: moment.reserved)
 
 
-def _recorded(step: Step, once: list[StepMemory]) -> list[StepMemory]:
+def _with_recordings(step: Step, once: list[StepMemory]) -> list[StepMemory]:
     """The moments of `moments` with recorded kernels, which have a memory pool of their own."""
     shape, lora = step.shape, 4 * sum(step.lora_tensors)
 

@@ -32,7 +32,7 @@ def _numbers(count: int) -> Kind:
 
 
 _ABOVE_0, _ABOVE_1 = number(0), number(1)
-_TOKENS = whole(2, 2**31)
+_NUM_TOKENS = whole(2, 2**31)
 _UNIT = Kind("1, for all of a head is rotated", lambda value: type(value) in (int, float) and value == 1)
 
 SIZES = {
@@ -56,7 +56,7 @@ OPTIONAL = {
     "rope_scaling": OBJECT,
     "rope_parameters": OBJECT,
     "partial_rotary_factor": _UNIT,
-    "original_max_position_embeddings": _TOKENS,
+    "original_max_position_embeddings": _NUM_TOKENS,
     "quantization_config": OBJECT,
 }
 """Optional keys; null counts as missing."""
@@ -76,7 +76,7 @@ _ROPE_KEYS = (
     "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "original_max_position_embeddings",
 )  # fmt: skip
 _OF_EACH_ROPE = {"rope_theta": _ABOVE_1, "partial_rotary_factor": _UNIT}
-_ORIGINAL = {"original_max_position_embeddings": _TOKENS}
+_ORIGINAL = {"original_max_position_embeddings": _NUM_TOKENS}
 _FACTOR = {"factor": _ABOVE_0}
 
 

@@ -79,7 +79,7 @@ def load_sharded(
     model.model.rotary_emb = type(rotary)(config=model.config).to(device)
     shards = Shards(device, on_host)
     for index, layer in enumerate(model.model.layers):
-        shards.add([*_packed(base, stored, index, layer, dtype, device)])
+        shards.add([*_packed_linears(base, stored, index, layer, dtype, device)])
         # For transformers' own forward, in which answers are generated; ours opens the layers itself.
         layer.register_forward_pre_hook(lambda *_, index=index: shards.open(index, 1))
     shards.attach()
@@ -101,7 +101,7 @@ def _skeleton(base: Base, dtype: torch.dtype, attention: Attention) -> Any:
     return model
 
 
-def _packed(
+def _packed_linears(
     base: Base, stored: Mapping[str, Stored], index: int, layer: Any, dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[nn.Module, Packed]]:
     """The linear modules of a layer, each with a 4-bit weight, of which nothing has been read that has shares."""
@@ -110,7 +110,7 @@ def _packed(
     for place, module in layer.named_modules():
         if isinstance(module, Linear4bit):
             name = f"model.layers.{index}.{place}.weight"
-            packed = _stored(stored, name, device) if base.in_4_bits else _quantised(stored[name], dtype, device)
+            packed = _stored(stored, name, device) if base.in_4_bits else _quantised_weight(stored[name], dtype, device)
             weight = Params4bit(  # type: ignore[no-untyped-call]
                 torch.empty(0, dtype=torch.uint8, device=device),
                 quant_state=packed.state,
@@ -145,7 +145,7 @@ def _part(stored: Stored) -> TensorPart:
     return TensorPart(STORED_DTYPES[stored.dtype], stored.shape, read)
 
 
-def _quantised(stored: Stored, dtype: torch.dtype, device: torch.device) -> Packed:
+def _quantised_weight(stored: Stored, dtype: torch.dtype, device: torch.device) -> Packed:
     """A 16-bit weight in 4 bits; all of it is here until its shares are taken."""
     weight = quantise(stored, dtype, device)
     state = weight.quant_state

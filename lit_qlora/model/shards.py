@@ -83,7 +83,7 @@ class Shards:
         own = self._kept(share)
         self._own.append(own)
         start = self.rank * share
-        for place, part in zip(_places(parts), parts, strict=True):
+        for place, part in zip(_starts(parts), parts, strict=True):
             first, last = max(place, start), min(place + part.num_bytes, start + share)
             if first < last:
                 own[first - start : last - start].copy_(part.read(first - place, last - first))
@@ -114,7 +114,7 @@ class Shards:
                 torch.empty(0, dtype=part.dtype, device=self.device)
                 if is_empty
                 else buffer[place : place + part.num_bytes].view(part.dtype).view(part.shape)
-                for place, part in zip(_places(parts), parts, strict=True)
+                for place, part in zip(_starts(parts), parts, strict=True)
             )
             for module, packed in weights:
                 module.weight.data, packed.state.absmax = next(views), next(views)  # type: ignore[union-attr, assignment]
@@ -249,7 +249,7 @@ def _aligned(num_bytes: int) -> int:
     return -(-num_bytes // ALIGNED) * ALIGNED
 
 
-def _places(parts: Sequence[TensorPart]) -> Iterator[int]:
+def _starts(parts: Sequence[TensorPart]) -> Iterator[int]:
     """Where each of ``parts`` starts, in bytes."""
     place = 0
     for part in parts:

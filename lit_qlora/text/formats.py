@@ -313,7 +313,7 @@ def chosen(template: str | None = None, system: str | None = None) -> PromptForm
         UserError: one of them is invalid.
     """
     for option, text in (("data.template", template), ("data.system", system)):
-        _check_text(text, option)
+        _require_text(text, option)
     if template is None:
         from lit_qlora.text import llama2
 
@@ -338,7 +338,7 @@ def from_record(record: Mapping[str, Any], folder: str | Path, file: str) -> Pro
 
     place = f"{folder}: {file}"
     for key in ("prompt_format", "system", "template", "template_sha256"):
-        _check_text(record.get(key), key, place)
+        _require_text(record.get(key), key, place)
     kinds = {kind.name: kind for kind in (llama2.Llama2, own_template.Template)}
     name = record.get("prompt_format") or llama2.Llama2.name
     if name not in kinds:
@@ -347,7 +347,7 @@ def from_record(record: Mapping[str, Any], folder: str | Path, file: str) -> Pro
     return kinds[name].recorded(record, place)
 
 
-def _check_text(value: object, option: str, place: str | None = None) -> None:
+def _require_text(value: object, option: str, place: str | None = None) -> None:
     require(isinstance(value, str | None), option, "a text", value, place=place)
     if not is_encodable(str(value)):
         raise UserError(f"it {HALF}", option=option, place=place)

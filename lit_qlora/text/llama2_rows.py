@@ -11,7 +11,7 @@ from lit_qlora.text.conversation import Conversation
 
 # A common slip closes the system block with its opening tag.
 _BLOCK = re.compile(r"<<SYS>>(.*?)<</?SYS>>(.*)", re.DOTALL)
-_OPENING = re.compile(r"\s*(?:<s>)?\s*(\[INST\])?\s*")
+_FIRST_MARK = re.compile(r"\s*(?:<s>)?\s*(\[INST\])?\s*")
 
 
 def without_block(conversation: Conversation) -> Conversation:
@@ -72,7 +72,7 @@ def rounds_in(prompt: str) -> list[dict[str, str]] | None:
     Raises:
         ValueError: as `parse`.
     """
-    opening = _OPENING.match(prompt)
+    opening = _FIRST_MARK.match(prompt)
     rest = prompt[opening.end() :].rstrip() if opening else ""
     if not (rest.startswith("<<SYS>>") or (opening and opening[1] and "[INST]" in rest)):
         return None

@@ -154,7 +154,7 @@ def parse(rows: Any, opening: str | None = None, marks: Sequence[str] = ()) -> R
     said: list[_Message] = []
     taken_off: dict[str, None] = {}
     for row in listed:
-        message = _read(f"turn {len(said) + 1}", row, changed, marks)
+        message = _read_message(f"turn {len(said) + 1}", row, changed, marks)
         taken_off |= dict.fromkeys(message.taken_off)
         if message.role != "system":
             said.append(message)
@@ -218,7 +218,7 @@ def _pair_in(row: Any) -> tuple[str, str] | None:
     return next((pair for pair in PAIRS if {*pair} <= {*row}), None)
 
 
-def _read(where: str, row: Any, changed: dict[str, None], marks: Sequence[str]) -> _Message:
+def _read_message(where: str, row: Any, changed: dict[str, None], marks: Sequence[str]) -> _Message:
     """A message; what of it can't be learned is added to ``changed``."""
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected an object with a role and a content, got {kind(row)}")
@@ -228,7 +228,7 @@ def _read(where: str, row: Any, changed: dict[str, None], marks: Sequence[str]) 
         keys = "" if {*ROLE} & {*row} else f"; its keys are {reprlib.repr([*row])}, expected 'role' and 'content'"
         expected = f"expected one of {', '.join(SHOWN_ROLES)}{keys}"
         raise ValueError(f"{where}: unknown role {reprlib.repr(said_by)}, {expected}")
-    text, found = _text(where, role, row, changed, marks)
+    text, found = _said_in(where, role, row, changed, marks)
     is_call = role == "call" or (role == "assistant" and any(is_there(row.get(key)) for key in CALLS))
     if is_call:
         changed[CALLED] = None
@@ -249,7 +249,7 @@ def _role(said_by: Any) -> str | None:
     return ROLES.get(said_by.strip().lower().replace("-", "_")) if isinstance(said_by, str) else None
 
 
-def _text(
+def _said_in(
     where: str, role: str, row: dict[str, Any], changed: dict[str, None], marks: Sequence[str]
 ) -> tuple[str | None, tuple[str, ...]]:
     """What is said in a message, and the marks taken off; None where its content is null, or holds no text."""
@@ -257,7 +257,7 @@ def _text(
     if content is None and (any(name in row for name in CONTENT) or any(is_there(row.get(key)) for key in CALLS)):
         return None, ()
     if isinstance(content, tuple) and all(isinstance(text, str) for text in content):
-        return _joined(JOINT, content, marks)
+        return _join_said(JOINT, content, marks)
     whole = content if isinstance(content, list) else [content]
     if any(_type_of(part) == TOOL_RESULT for part in whole):
         changed[ANSWERED_BY_TOOL] = None
@@ -268,13 +268,13 @@ def _text(
         texts = [part if isinstance(part, str) else part.get("text") for part in parts]
         texts = [text for text in texts if is_there(text)]
         if all(isinstance(text, str) for text in texts):
-            return _joined("\n", texts, marks) if texts else (None, ())
+            return _join_said("\n", texts, marks) if texts else (None, ())
     if role == "result" and content is not None and not isinstance(content, str):
         return json.dumps(content, ensure_ascii=False), ()
     if not isinstance(content, str):
         keys = f"; its keys are {reprlib.repr([*row])}, expected 'content'" if content is None else ""
         raise ValueError(f"{where}: the {_NAMES.get(role, role)}'s content is text, got {kind(content)}{keys}")
-    return _joined("", [content], marks)
+    return _join_said("", [content], marks)
 
 
 def _own_parts(part: Any) -> list[Any]:
@@ -283,7 +283,7 @@ def _own_parts(part: Any) -> list[Any]:
     return own if isinstance(own, list) else [own]
 
 
-def _joined(joint: str, texts: Sequence[str], marks: Sequence[str]) -> tuple[str, tuple[str, ...]]:
+def _join_said(joint: str, texts: Sequence[str], marks: Sequence[str]) -> tuple[str, tuple[str, ...]]:
     """``texts`` in one, without those that are nothing but ``marks``; and what was taken off."""
     cleaned = [edges.take_off(text, marks) for text in texts]
     found = dict.fromkeys(mark for _, some in cleaned for mark in some)

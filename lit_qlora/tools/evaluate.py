@@ -111,7 +111,7 @@ def evaluate(
     # Errors in rows or questions are reported before a large base is loaded.
     scoring = Scoring(chosen, precision, batch_tokens)
     data = _held_out(chosen, source, max_length) if source or not subjects else None
-    asked = _encode(chosen, subjects, style) if subjects else None
+    asked = _encode_questions(chosen, subjects, style) if subjects else None
     found: dict[str, Any] = {"base": chosen.base.public_name, "adapter": str(chosen.adapter)}
     print(f"model  {chosen.base.public_name}, and with {chosen.adapter}; precision {scoring.trainer.precision}")
     if data:
@@ -192,7 +192,7 @@ def _read_questions(mmlu: str | None, shots: int, examples: str | None) -> list[
     return [(subject, examples_for(subject, known, shots)) for subject in subjects]
 
 
-def _encode(chosen: ResolvedAdapter, subjects: Sequence[tuple[Subject, Any]], style: Style) -> Asked:
+def _encode_questions(chosen: ResolvedAdapter, subjects: Sequence[tuple[Subject, Any]], style: Style) -> Asked:
     """Raises UserError naming the place of a question that does not fit into the base's context."""
     prompts, context = Prompts(chosen.encoder(NO_LIMIT), style), chosen.base.context_tokens
     encoded: list[list[list[int]]] = []

@@ -191,7 +191,7 @@ def test_letters_are_scored_as_by_the_plain_model(here, evaluate, answerer, styl
     figures, lines = evaluate("--mmlu", "test", "--style", style, "--batch_tokens", "700", *options)
     chosen = choose_adapter("runs/demo")
     subjects = module._read_questions("test", shots, "dev" if shots else None)
-    asked = module._encode(chosen, subjects, style)
+    asked = module._encode_questions(chosen, subjects, style)
     assert asked.names == ["lamp_lore", "law"]
     right = {"base": [], "adapter": []}
     for side, hits in right.items():

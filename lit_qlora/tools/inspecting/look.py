@@ -166,7 +166,7 @@ def _read(data: ChatDataModule, name: str, judge: Judge, found: list[Found]) -> 
     records, encoded = data.rows(name)
     sources = [(one.name, len(one.conversations), len(one.left_out)) for one in records.parts]
     part = Part(
-        PARTS[name], records.name, records.conversations, records.where, _dropped(records), records.left_out, sources,
+        PARTS[name], records.name, records.conversations, records.where, _losses_of(records), records.left_out, sources,
         data.notes[name],
     )  # fmt: skip
     part.dropped.append((sum(map(judge.encoder.num_context_only, records.conversations)), CONTEXT_ONLY))
@@ -186,7 +186,7 @@ def _read(data: ChatDataModule, name: str, judge: Judge, found: list[Found]) -> 
         texts = [conversation.system or "", *(turn.content for turn in conversation.turns)]
         part.spelled += [(where, token[0]) for text in texts if (token := spelled.search(text))][:1]
         examples = judge.encoder.rows(written)
-        row = _joined([by_row.get(number + place) for place in range(len(examples))])
+        row = _as_one_row([by_row.get(number + place) for place in range(len(examples))])
         number += len(examples)
         rows.append(row)
         found += (Found(where, fault) for fault in judge.faults(written, came_back, examples, row and row.batched()))
@@ -197,7 +197,7 @@ def _read(data: ChatDataModule, name: str, judge: Judge, found: list[Found]) -> 
     return part, rows
 
 
-def _joined(rows: Sequence[_Row | None]) -> _Row | None:
+def _as_one_row(rows: Sequence[_Row | None]) -> _Row | None:
     """The rows of one conversation as one; None if no batch holds one of them."""
     found = [row for row in rows if row is not None]
     if not found or len(found) < len(rows):
@@ -205,7 +205,7 @@ def _joined(rows: Sequence[_Row | None]) -> _Row | None:
     return _Row(*(torch.cat([one[0], *(more[1:] for more in one[1:])]) for one in zip(*found, strict=True)))
 
 
-def _dropped(records: Records) -> list[tuple[int, str]]:
+def _losses_of(records: Records) -> list[tuple[int, str]]:
     of_sources = [(count, f"{what} ({one.name})") for one in records.parts for what, count in one.dropped.items()]
     known = {what for one in records.parts for what in one.dropped}
     return [*of_sources, *((count, what) for what, count in records.dropped.items() if what not in known)]

@@ -58,7 +58,7 @@ def inspection_lines(seen: Look, accepted: Collection[str], colour: bool = False
         colour: True to use escape sequences for colours.
         whole: True to show the middle of long stretches of a row, too.
     """
-    parts = (_counts(seen), _dropped(seen), _histogram(seen), _batchings(seen), _doubles(seen))
+    parts = (_counts(seen), _lines_of_losses(seen), _histogram(seen), _batchings(seen), _doubles(seen))
     for part in parts:
         yield from part
         yield ""
@@ -130,7 +130,7 @@ def losses(part: Part, max_length: int) -> list[tuple[int, str]]:
     return [(count, of_number(count, what)) for count, what in found if count]
 
 
-def _dropped(seen: Look) -> Iterator[str]:
+def _lines_of_losses(seen: Look) -> Iterator[str]:
     yield "dropped, cut, not used"
     found = [(part.name, *loss) for part in seen.parts for loss in losses(part, seen.max_length)]
     for name, count, what in found:

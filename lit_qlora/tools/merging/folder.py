@@ -67,7 +67,7 @@ def write_merged(target: Path, chosen: ResolvedAdapter, dtype: DType, onto: Onto
         found = compare.difference(folder, wanted, device)
         compare.check_rounding(found, dtype, is_trained=onto == "quantized")
         prompts = encoder.prompt_format.described("tokenizer_config.json")
-        (folder / CARD).write_text(_card(chosen, dtype, onto, found, prompts), encoding="utf-8")
+        (folder / CARD).write_text(_card_text(chosen, dtype, onto, found, prompts), encoding="utf-8")
         than = "base + adapter" if onto == "quantized" else "the 4-bit base + adapter that was trained"
         say("merge", f"{chosen.base.public_name} + {chosen.adapter}: {size(num_bytes)} of {dtype} in {target}")
         say("check", f"against {than}, {source}, {found}")
@@ -78,7 +78,7 @@ def write_merged(target: Path, chosen: ResolvedAdapter, dtype: DType, onto: Onto
         raise UserError(f"{target} can't be written: {one_line(error)}", option="output") from error
 
 
-def _card(chosen: ResolvedAdapter, dtype: DType, onto: Onto, found: compare.Difference, prompts: str) -> str:
+def _card_text(chosen: ResolvedAdapter, dtype: DType, onto: Onto, found: compare.Difference, prompts: str) -> str:
     made = f"The weights are in {dtype}."
     if onto == "original":
         made += " The adapter was added to the base's own weights, not to the 4-bit ones that it was trained on."

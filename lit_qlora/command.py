@@ -1,5 +1,5 @@
 """Owns what a command line of fit and its kin means: its config files, the run that gives the other options, and
-whether it may go on with the run.
+whether it may continue the run.
 
 Asked before anything heavy is imported. Knows no option's meaning, and no model.
 """

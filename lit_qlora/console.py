@@ -1,7 +1,7 @@
 """Owns what is printed: lines within a terminal's width, errors and warnings, progress bars, and both output streams.
 
 Characters outside of the console's encoding are shown by their codes. A terminal that hung up, or a pipe whose reader
-has ended (`| tee log`, which a Ctrl-C or a lost connection ends too), must not end a run before it is saved. `tell`
+has ended (`| tee log`, which a Ctrl-C or a lost connection ends too), must not end a run before it is saved. `note`
 prints messages during a run, `complain` errors and warnings, `progress_bar` and its kin make bars. Errors and warnings
 are wrapped for a terminal alone: a file or another program gets them whole, one per line.
 """
@@ -176,7 +176,7 @@ def bars_of_transformers(label: str) -> Iterator[None]:
         logging.set_tqdm_hook(before)
 
 
-def tell(line: str) -> None:
+def note(line: str) -> None:
     """Print ``line`` on standard error, above a progress bar, while training continues."""
     from tqdm import tqdm  # here: --help needs none
 

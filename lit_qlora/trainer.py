@@ -235,7 +235,7 @@ def find_gpus(devices: int | str | list[int], num_nodes: int, accelerator: str) 
         devices = int(devices)
     here, is_here = world(), not decides_for_another()
     num_gpus = 0 if accelerator == "cpu" or not is_here else torch.cuda.device_count()
-    if here.size > 1 and devices == 1 and num_nodes == 1:  # by torchrun or srun, which were told how many
+    if here.size > 1 and devices == 1 and num_nodes == 1:  # by torchrun or srun, which were given how many
         devices, num_nodes = here.local_size, here.size // here.local_size
     if isinstance(devices, list) and is_here and not num_gpus:
         check_on_cpu(devices, "there is no GPU here" if accelerator != "cpu" else "a CPU has no number")

@@ -34,7 +34,7 @@ from lit_qlora.callbacks.throughput import Throughput
 from lit_qlora.callbacks.validation import HeldOutMetrics
 from lit_qlora.callbacks.warmup import WarmupStep
 from lit_qlora.command import Command, with_kept
-from lit_qlora.console import complain, say, tell
+from lit_qlora.console import complain, note, say
 from lit_qlora.data.datamodule import ChatDataModule
 from lit_qlora.data.templates import read_template
 from lit_qlora.devices import starting
@@ -224,7 +224,7 @@ class QLoRACLI(LightningCLI):
             self.run = start.choose_run(self.run, mirror, config, self.model.base, self.datamodule)
         self.run.open(self.stack)
         if mirror is not None:
-            self.mirror = Mirror(self.run, mirror, tell, check_checkpoint)
+            self.mirror = Mirror(self.run, mirror, note, check_checkpoint)
             self.mirror.open(config, lambda file: self.datamodule.changed_since(file) == [])
             self.mirrored = self.mirror.copy.adapter
         try:
@@ -375,7 +375,7 @@ class QLoRACLI(LightningCLI):
         except (OutOfRoomError, torch.OutOfMemoryError) as error:
             forecast = foresee(model, datamodule, self.trainer)
             for line in words.forecast_lines(forecast) if forecast else ():
-                tell(f"  plan  {line}")
+                note(f"  plan  {line}")
             if not isinstance(error, OutOfRoomError):
                 change = "--samples.count 0 or --model.checkpointing full, with which this run resumes"
                 raise UserError(OUT_OF_MEMORY, remedy=f"give {change}") from error

@@ -105,7 +105,7 @@ def test_settings_that_make_another_run(
     assert change in message and "--run NAME" in message
 
 
-def test_settings_that_may_change_are_told_in_one_line(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_settings_that_may_change_are_reported_in_one_line(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["--save_every_steps", "3", "--trainer.enable_progress_bar", "false", "--mirror", "drive"]
     assert main([*FIT, *args]) == 0
     changed = "mirror: None -> drive; save_every_steps: 2 -> 3; trainer.enable_progress_bar: None -> False"

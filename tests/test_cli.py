@@ -117,7 +117,7 @@ def test_a_forgotten_environment_is_named(
     assert str(activate) not in capsys.readouterr().err
 
 
-def test_a_question_without_its_option_is_told_how_to_ask(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_question_without_its_option_is_answered_with_how_to_ask(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["chat", "Who is Silas?"]) == 2
     assert "; give a question as --prompt 'QUESTION'; " in capsys.readouterr().err
 

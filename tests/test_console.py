@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_qlora.console import _in_lines, bars, bars_of_transformers, complain, counted, passing_bar, progress_bar, tell
+from lit_qlora.console import _in_lines, bars, bars_of_transformers, complain, counted, note, passing_bar, progress_bar
 from lit_qlora.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -196,7 +196,7 @@ def test_what_fits_stays_on_one_line_and_a_long_quotation_breaks(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr(sys, "stderr", Terminal())
     complain(UserError("no", option="a", remedy="b"), "error: ")
-    tell(f"warning: expected a number, got '{'far too long ' * 12}'")
+    note(f"warning: expected a number, got '{'far too long ' * 12}'")
     complain("process 1 of 2:\n" + "Traceback " * 20)
     lines = sys.stderr.getvalue().splitlines()
     assert lines[0] == "error: a: no; b" and lines[-2:] == ["process 1 of 2:", "Traceback " * 20]

@@ -211,7 +211,7 @@ def test_a_run_is_called_as_the_form_says(settings, given, names):
         ({"OPTIONS": "--mirror /drive"}, "--mirror has a field of its own; put its value into MIRROR"),
     ],
 )
-def test_a_form_that_cannot_be_meant_is_told_in_one_line(settings, given, words):
+def test_a_form_that_cannot_be_meant_is_reported_in_one_line(settings, given, words):
     with pytest.raises(Exception, match=words) as failure:
         settings(**given)
     assert failure.value._render_traceback_() == [f"Stopped: {failure.value}"]
@@ -252,7 +252,7 @@ def test_doctor_judges_what_will_be_trained(cell, given, judged):
     assert cell("doctor", **given)[0] == [["python main.py doctor --config", *judged]]
 
 
-def test_a_config_that_is_not_there_is_told(cell):
+def test_a_config_that_is_not_there_is_reported(cell):
     with pytest.raises(Exception, match=r"no file configs/colab_t4_2k\.yaml; did you mean .*colab_t4_1k") as failure:
         cell("doctor", CONFIG="configs/colab_t4_2k.yaml")
     assert failure.value._render_traceback_() == [f"Stopped: {failure.value}"]
@@ -414,7 +414,7 @@ def install(settings, tmp_path, monkeypatch, capsys):
     return install
 
 
-def test_pip_is_told_to_leave_torch(install):
+def test_pip_leaves_torch(install):
     commands, said = install(("torch", "2.11.0+cu128"), *[("torch", "2.11.0+cu128")] * 2)
     assert commands == ["python -m pip install -q -r requirements.txt torch==2.11.0+cu128"]
     assert said.splitlines() == [

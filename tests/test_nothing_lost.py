@@ -381,7 +381,7 @@ def test_a_finished_run_without_a_whole_adapter_says_so(run: Path, capsys: pytes
     assert (run / "adapter").is_dir()
 
 
-def test_a_best_adapter_that_is_gone_with_its_copy_is_told(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_best_adapter_that_is_gone_with_its_copy_is_reported(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "finished.json").unlink()
     shutil.rmtree(run / "adapter")
     shutil.rmtree(run / "adapter.copy")
@@ -431,7 +431,7 @@ def test_an_adapter_that_was_altered_and_sealed_again(
     assert capsys.readouterr().err.endswith(", and restored from run/adapter.copy\n")
 
 
-def test_a_second_process_is_refused_and_told_the_first(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_process_is_refused_and_the_first_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with RunLock(run):
         assert main(FIT) == 2
     error = capsys.readouterr().err

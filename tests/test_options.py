@@ -53,7 +53,7 @@ def test_a_good_file_passes(content):
     check_config_file(write(content))
 
 
-def test_a_missing_file_is_told_with_the_nearest_one():
+def test_a_missing_file_is_reported_with_the_nearest_one():
     write("a: 1", "configs/colab_t4.yaml")
     write("a: 1", "configs/demo.yml")
     for name, nearest in (("s/colab_t5", "colab_t4.yaml"), ("s/demo", "demo.yml"), ("/demo", "demo.yml")):
@@ -137,17 +137,17 @@ def test_a_folder_is_no_file():
         ("model:\n  rank: 4\n".encode("utf-16"), "a.yaml: not UTF-8 (byte 0); save it as UTF-8"),
     ],
 )
-def test_a_mistake_is_told_in_one_line(content, expected):
+def test_a_mistake_is_reported_in_one_line(content, expected):
     write(content)
     assert message("a.yaml") == expected
 
 
-def test_a_character_that_yaml_does_not_know_is_told_with_its_line():
+def test_a_character_that_yaml_does_not_know_is_reported_with_its_line():
     write("model:\n  base: a\x00b\n")
     assert message("a.yaml") == "a.yaml:2: no valid YAML: unacceptable character #x0000"
 
 
-def test_half_a_character_is_told_with_its_line():
+def test_half_a_character_is_reported_with_its_line():
     write('data:\n  source: x.jsonl\n  system: "a \\ud800"\n')
     assert message("a.yaml").startswith("a.yaml:3: data.system: it holds bytes that are no UTF-8, or half a character")
 

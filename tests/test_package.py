@@ -164,7 +164,7 @@ def test_doctor_takes_it(here: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.parametrize("name", ["colab_t5", "colab_t4.yml", "configs/colab_t4.yaml"])
-def test_a_name_beside_it_is_told(here: Path, expect_error: ExpectError, name: str) -> None:
+def test_a_name_beside_it_is_reported(here: Path, expect_error: ExpectError, name: str) -> None:
     expect_error(["fit", "--config", name], f"no file {name}", "did you mean colab_t4?", option="config")
 
 

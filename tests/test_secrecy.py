@@ -38,7 +38,7 @@ TOKEN = f"hf_{CANARY}"
         (f"Authorization: Bearer {CANARY}", "Authorization: Bearer ***"),
     ],
 )
-def test_a_secret_is_not_told(text: str, told: str) -> None:
+def test_a_secret_is_not_reported(text: str, told: str) -> None:
     assert redact(text) == told
 
 
@@ -135,7 +135,7 @@ ENDS = {
 
 
 @pytest.mark.parametrize("args", ENDS.values(), ids=ENDS)
-def test_a_secret_is_refused_untold(
+def test_a_secret_is_refused_without_being_printed(
     args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

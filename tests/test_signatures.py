@@ -190,7 +190,7 @@ def test_a_value_that_is_nearly_one_of_a_list_is_answered_by_that_one(verb, arg,
         (["--run=/dev/null/x"], "run", None, ["/dev/null/x can't be written"]),
     ],
 )
-def test_what_was_told_late_or_in_the_parsers_words(args, option, place, words, tmp_path, monkeypatch, expect_error):
+def test_what_came_late_or_in_the_parsers_words(args, option, place, words, tmp_path, monkeypatch, expect_error):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "asked.jsonl").write_text('{"messages": [{"role": "user", "content": "q"}]}\n' * 2)
     expect_error(lambda: check_first("fit", args), *words, option=option, place=place)
@@ -217,7 +217,7 @@ def test_a_link_that_leads_to_itself_is_one_line(option, tmp_path, monkeypatch, 
     assert line.startswith("error: ") and "loop" in line
 
 
-def test_a_link_to_itself_is_told_by_the_systems_number_too():
+def test_a_link_to_itself_is_reported_by_the_systems_number_too():
     """As from Python 3.13 on, whose pathlib raises no error of its own."""
     assert "x.jsonl: a link that leads to itself" in cli._of_a_path(OSError(errno.ELOOP, "many", "x.jsonl"))
 

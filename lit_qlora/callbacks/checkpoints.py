@@ -20,7 +20,7 @@ from lit_qlora.callbacks.record import record_of
 from lit_qlora.callbacks.steps import StepCallback, agree_to_stop, begin_epoch, is_last_step, validation_follows
 from lit_qlora.callbacks.throughput import Throughput
 from lit_qlora.callbacks.validation import held_out_figures
-from lit_qlora.console import tell
+from lit_qlora.console import note
 from lit_qlora.data.chat_template import PROMPT_PROBES, check_template
 from lit_qlora.devices.strategy import is_on_edge
 from lit_qlora.devices.world import any_of, by_first, is_first
@@ -181,7 +181,7 @@ class RunCheckpoints(StepCallback, Needs):
         found = read_result(self.run.adapter) if kept else None
         if kept and (found is None or found.get("val/loss", math.inf) > kept["val/loss"]):
             self._kept = found if found and "val/loss" in found else None
-            tell(
+            note(
                 f"warning: the best adapter so far, that of step {kept['step']}, is gone from {self.run.adapter}, and "
                 "there is no intact copy; the search for the best starts over"
             )
@@ -214,7 +214,7 @@ class RunCheckpoints(StepCallback, Needs):
             try:
                 remove_folder(self.run.checkpoint(step))
             except OSError as error:
-                tell(f"warning: the old checkpoint {self.run.checkpoint(step)} can't be removed: {error.strerror}")
+                note(f"warning: the old checkpoint {self.run.checkpoint(step)} can't be removed: {error.strerror}")
 
     def _keep(self, trainer: Trainer, module: LightningModule, figures: dict[str, float]) -> None:
         """Save the adapter as it is now; if that fails, keep it in host memory for the next attempt."""
@@ -260,7 +260,7 @@ class RunCheckpoints(StepCallback, Needs):
         try:
             check_template(folder, data.encoder, PROMPT_PROBES)
         except UserError as error:
-            tell(
+            note(
                 f"warning: of some conversations, other programs make other prompts with the tokenizer in "
                 f"{self.run.adapter} than training had (chat and predict do not); {error.remedy}"
             )
@@ -273,7 +273,7 @@ class RunCheckpoints(StepCallback, Needs):
         try:
             copy_folder(self.run.adapter, self.run.adapter_copy, replace=True)
         except (OSError, DamagedFolderError) as error:
-            tell(f"warning: {error}; the best adapter has no second copy, and the next save retries")
+            note(f"warning: {error}; the best adapter has no second copy, and the next save retries")
 
     def attempt(self, what: str, save: Callable[[], None]) -> bool:
         """Save something, and report a failure in one line; the next save retries.
@@ -290,7 +290,7 @@ class RunCheckpoints(StepCallback, Needs):
         except OSError as error:
             problem = str(error) if isinstance(error, SaveError) else str(SaveError(self.run.path, error))
             if self.failures.get(what) != problem:
-                tell(f"error: {problem}; training continues, and the next save retries")
+                note(f"error: {problem}; training continues, and the next save retries")
             self.failures[what] = problem
             return False
         self.failures.pop(what, None)

@@ -22,7 +22,7 @@ from lit_qlora.callbacks.record import record
 from lit_qlora.callbacks.steps import is_last_step
 from lit_qlora.callbacks.throughput import Throughput
 from lit_qlora.callbacks.validation import held_out_figures
-from lit_qlora.console import WIDTH, say, tell, wrapped
+from lit_qlora.console import WIDTH, note, say, wrapped
 from lit_qlora.devices.world import world
 from lit_qlora.errors import UserError, one_line
 from lit_qlora.figures.card import HELD_OUT, PACKAGES, versions
@@ -111,7 +111,7 @@ class Report(Callback):
         try:
             write_file(self.run.decisions, json.dumps(kept, indent=1) + "\n")
         except SaveError as error:  # a report without them is better than no run
-            tell(f"warning: {error}; training continues, and the report will lack the decisions")
+            note(f"warning: {error}; training continues, and the report will lack the decisions")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the forecast beside the peaks, before the save that may follow the validation."""

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 
 from lit_qlora.callbacks.checkpoints import RunCheckpoints
 from lit_qlora.callbacks.steps import StepCallback
-from lit_qlora.console import tell
+from lit_qlora.console import note
 from lit_qlora.devices.world import AllEnd, highest, is_first
 from lit_qlora.signals import URGENT, give_back, hold_off, leave_at_once, print_now, signal_name, take_over
 
@@ -86,7 +86,7 @@ class StopOnSignal(StepCallback):
             )
             raise AllEnd(self._status)
         if self.checkpoints.failures:
-            tell(f"error: stopped at step {trainer.global_step}, and the last save failed; an earlier one exists")
+            note(f"error: stopped at step {trainer.global_step}, and the last save failed; an earlier one exists")
             raise AllEnd(1)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

@@ -142,7 +142,7 @@ class Parts:
     def test(self, rows: RunRows | None = None) -> Records | None:
         """Load the sources' own test splits; None where there is none, or where it is what is held out.
 
-        Those of its conversations that are in training, too, are counted, unless ``rows`` is there to tell it.
+        Those of its conversations that are in training, too, are counted, unless ``rows`` is there to show it.
 
         Raises:
             UserError: as `train_and_held_out`.

@@ -83,7 +83,7 @@ def _no_template(base: str) -> UserError:
 
 
 def instead_of(template: str) -> str:
-    """The remedy for a base's own template that can't be learned, as where it thinks and can't be told not to."""
+    """The remedy for a base's own template that can't be learned, as where it thinks and has no switch for that."""
     known = {LLAMA_2: chosen().chat_template()} | built_in()
     openers = [mark for mark in (*edges.OPENERS, *edges.TURN_OPENERS) if mark in template]
     alike = [name for name, source in known.items() if any(mark in source for mark in openers)]

@@ -24,7 +24,7 @@ SAME = 1e-3
 
 
 class OneOfSeveral(TorchElasticEnvironment):
-    """Tells Lightning which process this is, by torchrun's names, whoever started it (`starting.take_place`)."""
+    """Reports to Lightning which process this is, by torchrun's names, whoever started it (`starting.take_place`)."""
 
     def node_rank(self) -> int:
         """The number of this machine."""

@@ -331,7 +331,7 @@ _notes: list[str] = []
 """What this process has to say, and the first is to print."""
 
 
-def note(line: str) -> None:
+def note_at_agreement(line: str) -> None:
     """Print ``line``: with several processes the first does, with the number of this one, at the next agreement."""
     here = world()
     if here.size == 1:
@@ -414,7 +414,7 @@ def from_first(value: T) -> T:
 def by_first(do: Callable[[], T]) -> T:
     """What ``do`` gives in the first process, which alone runs it.
 
-    Raises what it raised there: an OSError in the others too, in whose place they would go on alone; for all else,
+    Raises what it raised there: an OSError in the others too, in whose place they would continue alone; for all else,
     which the first process reports, SystemExit.
     """
     if world().size == 1:

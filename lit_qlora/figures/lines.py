@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lit_qlora.console import complain, tell
+from lit_qlora.console import complain, note
 from lit_qlora.storage.files import SaveError, parse_json, sync_file, write_file
 from lit_qlora.wording import number_of
 
@@ -141,7 +141,7 @@ class StepLines:
     def _report(self, error: OSError) -> None:
         if self.problem is None:
             self.problem = f"{self.path} can't be written: {error.strerror or error}"
-            tell(f"error: {self.problem}; training continues, its lines are kept for later")
+            note(f"error: {self.problem}; training continues, its lines are kept for later")
 
 
 def json_number(value: float) -> float | str:

@@ -17,7 +17,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from lit_qlora.console import tell
+from lit_qlora.console import note
 
 PATTERN = "events.out.tfevents.*"
 TRAINING_FOLDER, HELD_OUT_FOLDER, FORECAST_FOLDER = FOLDERS = ("training", "held-out", "forecast")
@@ -205,7 +205,7 @@ class Board:
         self._is_stale = True
         if self.problem is None:
             self.problem = f"TensorBoard's files in {self.folder} can't be written: {error.strerror or error}"
-            tell(f"error: {self.problem}; training continues, its figures are kept for later")
+            note(f"error: {self.problem}; training continues, its figures are kept for later")
 
 
 def _place(name: str) -> tuple[str, str]:

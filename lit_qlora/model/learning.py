@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_qlora.batch import Batch, split_batch
-from lit_qlora.devices.world import note
+from lit_qlora.devices.world import note_at_agreement
 from lit_qlora.errors import OutOfRoomError, UserError
 from lit_qlora.model.device import chance
 from lit_qlora.model.hidden import ComputesSums, Sums, Waiting
@@ -280,7 +280,7 @@ class LearnsInParts(ComputesSums):
             done = f"each micro-batch is split into halves from now on; {same}the loss of a step is the same"
         else:
             raise OutOfRoomError(f"{what}, after all that could be done in a run", rows)
-        note(f"{what}: {done}")
+        note_at_agreement(f"{what}: {done}")
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -285,7 +285,7 @@ def save_adapter(model: "PeftModel", base: Base, folder: Path, prompt_format: Pr
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """The base and prompt format recorded in an adapter folder; for one made elsewhere, what its files tell of both.
+    """The base and prompt format recorded in an adapter folder; for one made elsewhere, what its files have of both.
 
     Raises UserError if ``folder`` is no adapter, was altered, or has a prompt format unknown to this version.
     """

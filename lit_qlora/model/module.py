@@ -157,8 +157,8 @@ class QLoRAModule(LearnsInParts):
         """The prompt format it is trained with, as recorded in each saved adapter."""
         self._recorded: PromptFormat | None = None
         """That of the checkpoint of Lightning's that it was loaded from."""
-        self._told = set[str]()
-        """What a script was told about its data."""
+        self._reported = set[str]()
+        """What has been reported about a script's data."""
         self._loaded_for: tuple[torch.dtype, str] | None = None
         """The dtype and the device type that the model was loaded for."""
         self._num_waiting: Counter[int] = Counter()
@@ -225,9 +225,9 @@ class QLoRAModule(LearnsInParts):
         check_context(self.base, data.max_length)
         self.prompt_format = data.prompt_format
         for line in data.describe() if self.standalone else ():  # in a run, callbacks print it
-            if line not in self._told:
+            if line not in self._reported:
                 rank_zero_info(line)
-            self._told.add(line)
+            self._reported.add(line)
 
     def configure_model(self) -> None:
         """Load base and adapter onto the Trainer's device, in the Trainer's precision; again if these changed.

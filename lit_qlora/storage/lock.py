@@ -57,7 +57,7 @@ class RunLock:
         return self
 
     def check(self) -> None:
-        """Raises UserError if another process holds it now; passes what the file system can't tell."""
+        """Raises UserError if another process holds it now; passes a file system without locks."""
         with suppress(OSError), (self._run / ".lock").open("rb") as file:
             if not flock(file.fileno()):
                 raise self._in_use()

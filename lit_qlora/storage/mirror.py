@@ -45,14 +45,14 @@ class Mirror:
     Args:
         run: the run folder on this machine.
         parent: holds the copies of several runs; the folder that it stands in must be there.
-        tell: prints a line during training.
+        note: prints a line during training.
         check: raises DamagedFolderError for a damaged checkpoint, there as here; default: by its manifest.
     """
 
     def __init__(
-        self, run: RunFolder, parent: Path, tell: Callable[[str], None], check: Callable[[Path], object] = verify_folder
+        self, run: RunFolder, parent: Path, note: Callable[[str], None], check: Callable[[Path], object] = verify_folder
     ) -> None:
-        self.run, self.parent, self.tell, self.check = run, parent, tell, check
+        self.run, self.parent, self.note, self.check = run, parent, note, check
         self.copy = RunFolder(parent / run.path.resolve().name)
         self._mark, self._token = self.copy.path / MIRROR_MARK, secrets.token_hex(8)
         self._copied: dict[Path, tuple[int, int]] = {}
@@ -99,7 +99,7 @@ class Mirror:
                 write_file(self._mark, self._token)
         except (OSError, UserError) as error:
             if known:
-                self.tell(f"warning: {error}; tried again with each save")
+                self.note(f"warning: {error}; tried again with each save")
                 return
             with suppress(OSError):
                 self.copy.discard_unless_begun()
@@ -126,13 +126,13 @@ class Mirror:
         self.push()
         self._thread.join(1)
         if self._thread.is_alive():
-            self.tell(f"copying to {self.copy.path}; Ctrl-C leaves without it")
+            self.note(f"copying to {self.copy.path}; Ctrl-C leaves without it")
             self._thread.join(limit_s)
         if self._thread.is_alive():
             late = f"was not done after {limit_s:.0f} s; the last state is not there"
-            self.tell(f"warning: mirror: {self.copy.path} {late}")
+            self.note(f"warning: mirror: {self.copy.path} {late}")
         elif self._failed:
-            self.tell(f"warning: mirror: {self.copy.path} lacks the last state; it is in {self.run.path}")
+            self.note(f"warning: mirror: {self.copy.path} lacks the last state; it is in {self.run.path}")
 
     def complete(self) -> None:
         """Copy and report what the copy of a finished run lacks; called in place of `start`.
@@ -189,7 +189,7 @@ class Mirror:
             except Exception as error:  # whatever a mounted drive may raise: it must not harm the training
                 self._failed = True
                 problem = error if isinstance(error, SaveError | DamagedFolderError) else f"{self.copy.path}: {error}"
-                self.tell(f"warning: mirror: {problem}; tried again with the next save")
+                self.note(f"warning: mirror: {problem}; tried again with the next save")
             if is_last:
                 return
 

@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from lit_qlora.console import complain, progress_bar, tell
+from lit_qlora.console import complain, note, progress_bar
 from lit_qlora.data.files import ARROW, COMPRESSED, ENDINGS, Row
 from lit_qlora.data.forms import check_columns
 from lit_qlora.data.records import Counts
@@ -125,7 +125,7 @@ def _answer_all(
     batches = batches_by_length([len(prompt) for prompt in ids], batch_size)
     answered, said_at = sum(len(batches[number]) for number in done), time.monotonic()
     if answered:
-        tell(f"{answered} of {len(ids)} were answered before: resuming")
+        note(f"{answered} of {len(ids)} were answered before: resuming")
     with progress_bar("answers", total=len(ids), initial=answered) as bar:
         for number, places in enumerate(batches):
             if number in done:

@@ -35,7 +35,7 @@ def failing(monkeypatch):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EACCES])
-def test_a_checkpoint_that_fails_is_told_and_tried_again(full_run, tiny, rows, tmp_path, capsys, failing, number):
+def test_a_checkpoint_that_fails_is_reported_and_tried_again(full_run, tiny, rows, tmp_path, capsys, failing, number):
     class Breaks(tiny):
         def training_step(self, batch, batch_idx):
             failing.clear()

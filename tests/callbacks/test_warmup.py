@@ -66,7 +66,7 @@ def test_on_a_resume_the_optimizers_state_stays(tmp_path, monkeypatch, seen):
     assert ends[0] == ends[1]
 
 
-def test_memory_that_runs_out_in_the_trial_is_told_before_the_first_step(tmp_path, monkeypatch, capsys):
+def test_memory_that_runs_out_in_the_trial_is_reported_before_the_first_step(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(warmup, "ON_CPU", True)
     real = QLoRAModule.summed_loss

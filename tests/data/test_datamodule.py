@@ -188,7 +188,7 @@ def test_another_validation_source_is_scored_as_it_is(tmp_path):
     assert len(words(data, "validation")) == 3
 
 
-def test_test_rows_that_are_no_test_are_told(tmp_path):
+def test_test_rows_that_are_no_test_are_reported(tmp_path):
     write("rows.jsonl", *numbered(20))
     data = ChatDataModule("rows.jsonl", validation_share=0.25)
     data.setup("fit")
@@ -264,7 +264,7 @@ def test_a_share_beside_held_out_rows_is_named():
         ("fit", {"validation_source": "long.jsonl", "source": "rows.jsonl"}),
     ],
 )
-def test_nothing_left_is_told_with_the_option_that_mends_it(expect_error, stage, options):
+def test_nothing_left_is_reported_with_the_option_that_mends_it(expect_error, stage, options):
     write("rows.jsonl", ("a", "b"), ("c", "d"))
     write("long.jsonl", *[(f"{'word ' * 99}{index}", "b") for index in range(3)])
     write("held.jsonl", ("a", "b"))
@@ -364,7 +364,7 @@ def test_more_devices_than_micro_batches_of_a_limited_epoch_are_refused():
 @pytest.mark.parametrize(
     ("limit", "told"), [(2, " 2"), (0.5, " 0.5"), (6, None), (100, None), (1.0, None), (0, None)], ids=str
 )
-def test_what_a_limit_leaves_out_is_told(limit, told):
+def test_what_a_limit_leaves_out_is_reported(limit, told):
     """Beside the count of all rows, which then says more than is scored."""
     write("rows.jsonl", ("hi", "yo"))
     write("held.jsonl", *numbered(12))
@@ -389,7 +389,7 @@ def _device(rank):
     )
 
 
-def test_describe_tells_what_was_read_learned_cut_and_left_out():
+def test_describe_shows_what_was_read_learned_cut_and_left_out():
     write(
         "rows.jsonl",
         ("hi", "yo"),
@@ -445,7 +445,7 @@ def test_a_held_out_prompt_goes_up_to_the_first_answer_to_learn():
     assert answer == "assistant 2"
 
 
-def test_what_is_left_out_taken_off_and_not_used_is_told_or_refused_by_strict():
+def test_what_is_left_out_taken_off_and_not_used_is_reported_or_refused_by_strict():
     write("rows.jsonl", *numbered(19), ("question", "answer</s>"))
     lines = [*Path("rows.jsonl").read_text(encoding="utf-8").splitlines(), "{"]
     lines[0] = json.dumps(json.loads(lines[0]) | {"id": 7})

@@ -282,7 +282,7 @@ def test_conversations_come_out_in_their_order_whatever_a_call_takes(demo_tokeni
     ]
 
 
-def test_the_fingerprint_tells_all_that_decides_the_ids(demo_tokenizer, real):
+def test_the_fingerprint_shows_all_that_decides_the_ids(demo_tokenizer, real):
     encoders = [
         Encoder(demo_tokenizer, 64),
         Encoder(demo_tokenizer, 65),

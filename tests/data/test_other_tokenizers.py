@@ -112,7 +112,7 @@ def test_llama_2s_format_is_published_where_the_tokenizer_writes_it_and_refused_
     )
 
 
-def test_what_is_told_of_a_template_without_bos(encoder_of):
+def test_what_is_reported_of_a_template_without_bos(encoder_of):
     assert not [line for line in encoder_of("qwen", EOS_CHATML).prompt_format.notes() if "BOS" in line]
     assert [line for line in encoder_of("yi", EOS_CHATML).prompt_format.notes() if "writes no BOS" in line]
 
@@ -180,7 +180,7 @@ def test_an_answer_behind_closed_thoughts_begins_at_a_token_whatever_the_vocabul
     assert [word for word, _ in split] == ["</", "think", ">ĊĊ", "It", "Ġis"]
 
 
-def test_how_many_answers_are_context_only_is_told(tmp_path, monkeypatch):
+def test_how_many_answers_are_context_only_is_reported(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_tokenizer(tmp_path / "base", "qwen")
     (tmp_path / "mine.jinja").write_text(THINKS_OR_NOT, encoding="utf-8")

@@ -194,7 +194,7 @@ def test_a_turn_that_opens_a_stretch_keeps_a_space_of_its_own(tokenizer, tmp_pat
     assert len(ids) == len(encoder.prompt(said("a"))) + 1
 
 
-def test_ids_that_another_program_would_join_are_told(real, tmp_path):
+def test_ids_that_another_program_would_join_are_reported(real, tmp_path):
     """A prompt that ends in no line's end may be one token with the answer's first character, elsewhere."""
     (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
     source = "{% for m in messages %}{{ m.role }}:{{ m.content + eos_token }}{% endfor %}"
@@ -317,7 +317,7 @@ def test_rows_that_the_template_can_t_hold_are_left_out_and_counted(tmp_path):
     assert len(load_records(str(path)).conversations) == 3
 
 
-def test_what_an_adapter_is_told_of_its_prompts():
+def test_what_an_adapter_records_of_its_prompts():
     assert ChatDataModule().prompt_format.record() == {"prompt_format": "llama2-chat"}
     assert ChatDataModule(system="S").prompt_format.record() == {"prompt_format": "llama2-chat", "system": "S"}
     record = ChatDataModule(template=SOURCES["chatml"]).prompt_format.record()

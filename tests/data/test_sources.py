@@ -334,7 +334,7 @@ def test_a_pattern_s_files_for_other_splits_are_not_trained_on(files, held_out):
         (["a/x-00001-of-00002.jsonl", "a/x-00002-of-00002.jsonl", "b/x-00000-of-00001.jsonl"], "3 files to train on"),
     ],
 )  # fmt: skip
-def test_a_pattern_tells_which_files_it_trains_on(files, told):
+def test_a_pattern_shows_which_files_it_trains_on(files, told):
     for name in files:
         write(name)
     assert find_splits("**/*.jsonl").note == told

@@ -46,7 +46,7 @@ def test_demo_is_the_name_of_the_embedded_tokenizer(monkeypatch, tmp_path):
     assert load_tokenizer("demo").get_vocab() == load_tokenizer(str(demo.BASE)).get_vocab()
 
 
-def test_no_tokenizer_is_told_in_one_line(tmp_path):
+def test_no_tokenizer_is_reported_in_one_line(tmp_path):
     with pytest.raises(UserError) as caught:
         load_tokenizer(str(tmp_path / "nowhere"))
     assert str(caught.value).startswith(f"model.base: no tokenizer could be loaded from '{tmp_path}/nowhere': ")
@@ -161,7 +161,7 @@ def test_a_tokenizer_model_alone_will_do(real, tmp_path):
     assert gives_metas_ids(real, load_tokenizer(base(tmp_path / "base", files)))
 
 
-def test_a_tokenizer_model_with_empty_special_tokens_is_told(real, tmp_path):
+def test_a_tokenizer_model_with_empty_special_tokens_is_reported(real, tmp_path):
     """As the first conversions of Llama came: the library fails before there is a tokenizer to look at."""
     (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
     (tmp_path / "tokenizer.model").write_bytes((real / "llama2-tokenizer" / "tokenizer.model").read_bytes())
@@ -224,7 +224,7 @@ EMPTY = {"bos_token": "", "eos_token": "", "unk_token": ""}
 
 @pytest.mark.parametrize("empty", [EMPTY, *({name: ""} for name in EMPTY)], ids=["all", *EMPTY])
 @pytest.mark.parametrize("source", ["tokenizer_config.json", "special_tokens_map.json"])
-def test_empty_special_tokens_are_told(demo_files, empty, source):
+def test_empty_special_tokens_are_reported(demo_files, empty, source):
     """As the first conversions of Llama had them; the library looks for the unknown token's id without an end."""
     folder = demo_files(**empty if source == "tokenizer_config.json" else {})
     if source != "tokenizer_config.json":

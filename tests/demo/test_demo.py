@@ -132,7 +132,7 @@ def cosines(head):
     return (unit @ unit.T).fill_diagonal_(-1).amax(1)
 
 
-def test_an_adapter_can_tell_all_tokens_apart():
+def test_an_adapter_can_learn_all_tokens():
     with safe_open(BASE / "model.safetensors", "pt") as weights:
         head = weights.get_tensor("lm_head.weight")
     assert cosines(head).max() < 0.96  # ▁Which and ▁Where, both of which the base has met

@@ -136,7 +136,7 @@ def test_half_a_launcher_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 def test_what_one_notes_the_first_prints_at_the_next_agreement(capfd: pytest.CaptureFixture[str]) -> None:
     def do() -> None:
         if world.world().rank:
-            world.note("out of memory")
+            world.note_at_agreement("out of memory")
         for _ in range(2):
             highest(1)
 
@@ -146,5 +146,5 @@ def test_what_one_notes_the_first_prints_at_the_next_agreement(capfd: pytest.Cap
 
 
 def test_one_process_notes_at_once(capsys: pytest.CaptureFixture[str]) -> None:
-    world.note("out of memory")
+    world.note_at_agreement("out of memory")
     assert capsys.readouterr().out == "out of memory\n"

@@ -147,7 +147,7 @@ def test_what_is_of_another_architecture(tmp_path, config, kind, expect_refusal)
 
 
 @pytest.mark.parametrize("architectures", [{}, {"architectures": None}])
-def test_a_llama_need_not_tell_its_architecture(tmp_path, architectures):
+def test_a_llama_need_not_name_its_architecture(tmp_path, architectures):
     config = {name: value for name, value in CONFIG.items() if name != "architectures"} | architectures
     folder = model_folder(tmp_path / "model", config)
     assert find_base(str(folder)).shape.hidden == 64
@@ -432,7 +432,7 @@ def test_weights_that_are_not_those_of_the_config(tiny_folder, tmp_path, changes
     check_weights(find_base(str(tiny_folder)))
 
 
-def test_a_head_that_is_missing_is_told_unless_it_is_tied(tiny_folder, tmp_path):
+def test_a_head_that_is_missing_is_reported_unless_it_is_tied(tiny_folder, tmp_path):
     from safetensors.torch import load_file, save_file
 
     folder = shutil.copytree(tiny_folder, tmp_path / "base")

@@ -168,7 +168,7 @@ def keep(tmp_path, monkeypatch, load, tiny, before):
     return copies, copies.keep(tiny, torch.float32, CPU)
 
 
-def test_the_three_last_used_stay_and_the_rest_is_told(tiny, load, tmp_path, monkeypatch):
+def test_the_three_last_used_stay_and_the_rest_is_reported(tiny, load, tmp_path, monkeypatch):
     foreign = []
 
     def before(copies):

@@ -98,7 +98,7 @@ def test_other_rules_at_the_same_widths_are_another_base(tiny, change):
     assert fingerprint(Base(tiny.name, tiny.location, config)) != fingerprint(tiny)
 
 
-def test_the_identity_of_a_base_tells_the_commit_where_it_is_known(tiny, tiny_folder, tmp_path, monkeypatch):
+def test_the_identity_of_a_base_shows_the_commit_where_it_is_known(tiny, tiny_folder, tmp_path, monkeypatch):
     assert identity(tiny) == {"name": "tiny-llama", "commit": None, "fingerprint": fingerprint(tiny)}
     snapshot = copy(tiny_folder, tmp_path / "models--owner--llama" / "snapshots" / "c0ffee")
     monkeypatch.setattr(
@@ -220,7 +220,7 @@ def test_other_4_bits_are_another_base(quantised, tmp_path, part):
     assert with_tensors(tmp_path / "quantised", change) != before
 
 
-def test_a_copy_that_tells_its_original_is_believed_while_it_is_as_it_was_written(quantised, tiny, tmp_path):
+def test_a_copy_that_shows_its_original_is_believed_while_it_is_as_it_was_written(quantised, tiny, tmp_path):
     module.write_original(tmp_path / "quantised", quantised, tiny)
     assert fingerprint(quantised) == fingerprint(tiny)
 
@@ -230,7 +230,7 @@ def test_a_copy_that_tells_its_original_is_believed_while_it_is_as_it_was_writte
     assert with_tensors(tmp_path / "quantised", change).startswith("v2-4bit-")
 
 
-def test_weights_that_can_not_be_read_are_told(tiny_folder, tmp_path):
+def test_weights_that_can_not_be_read_are_reported(tiny_folder, tmp_path):
     folder = copy(tiny_folder, tmp_path / "copy")
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", 10**9) + b"{")
     with pytest.raises(UserError, match=f"model.base: the weights of {folder} can't be read: "):

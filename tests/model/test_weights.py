@@ -98,13 +98,13 @@ def test_weights_of_other_names_are_not_looked_at(folder, tiny, name):
 @pytest.mark.parametrize(
     "name", ["consolidated.safetensors", "model.fp16.safetensors", "model-00001-of-00002.safetensors"]
 )
-def test_weights_of_other_names_alone_are_told(folder, name):
+def test_weights_of_other_names_alone_are_reported(folder, name):
     (folder / ONE_FILE).rename(folder / name)
     said = f"has neither {ONE_FILE} nor {INDEX}, and {name} is no name that transformers loads"
     assert refused(folder).startswith(said)
 
 
-def test_a_shard_that_is_missing_is_told_before_anything_is_loaded(folder, other_tiny):
+def test_a_shard_that_is_missing_is_reported_before_anything_is_loaded(folder, other_tiny):
     add_shards(folder, of=other_tiny)
     (folder / ONE_FILE).unlink()
     first, second, *others = sorted(folder.glob("model-*"))
@@ -241,7 +241,7 @@ def test_a_buffer_of_old_exports_is_let_pass(folder):
     assert len(check_weights(find_base(str(folder)))) == 14
 
 
-def test_biases_that_config_json_tells_of_are_demanded(folder):
+def test_biases_that_config_json_has_are_demanded(folder):
     config(folder, attention_bias=True)
     assert "self_attn.q_proj.bias is missing, expected [64]" in refused(folder)
 
@@ -255,7 +255,7 @@ def test_a_tied_head_is_the_embeddings(folder):
     check_weights(find_base(str(folder)))
 
 
-def test_16_bits_that_config_json_calls_4_are_told(folder):
+def test_16_bits_that_config_json_calls_4_are_reported(folder):
     config(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     check_line(refused(folder), "quantization_config", "16 bits", "take that key out of config.json")
 
@@ -276,7 +276,7 @@ def save_in_4_bits(tiny, folder, dtype=None, **options):
     return folder
 
 
-def test_4_bits_that_config_json_does_not_tell_of_are_told(tiny, tmp_path):
+def test_4_bits_that_config_json_does_not_name_are_reported(tiny, tmp_path):
     folder = save_in_4_bits(tiny, tmp_path / "base")
     config(folder, quantization_config=None)
     assert " of U8, expected [" in refused(folder)

@@ -101,7 +101,7 @@ def _cut(file):
         (lambda file: torch.save({"state_dict": {}}, file), "pytorch-lightning_version"),
     ],
 )
-def test_what_is_no_checkpoint_is_told_in_one_line(straight, here, alter, words, expect_error):
+def test_what_is_no_checkpoint_is_reported_in_one_line(straight, here, alter, words, expect_error):
     (checkpoint,) = straight[1].glob("*step=4.ckpt")
     file = here / "altered.ckpt"
     shutil.copy(checkpoint, file)
@@ -110,7 +110,7 @@ def test_what_is_no_checkpoint_is_told_in_one_line(straight, here, alter, words,
 
 
 @pytest.mark.parametrize("part", [{}, {"base_fingerprint": 3, "prompts": {}}])
-def test_a_checkpoint_whose_record_was_altered_is_told(straight, here, part, expect_error):
+def test_a_checkpoint_whose_record_was_altered_is_reported(straight, here, part, expect_error):
     (checkpoint,) = straight[1].glob("*step=4.ckpt")
     content = torch.load(checkpoint, weights_only=True)
     torch.save(content | {"lit_qlora": part}, here / "altered.ckpt")

@@ -93,7 +93,7 @@ def test_loaders_made_for_other_steps_are_refused(expect_error):
     assert short.global_step == 0
 
 
-def test_a_script_is_told_what_became_of_its_rows_once(here, caplog):
+def test_a_script_is_shown_what_became_of_its_rows_once(here, caplog):
     answered = '{"messages": [{"role": "user", "content": "%d?"}, {"role": "assistant", "content": "Yes."}]}\n'
     unanswered = '{"messages": [{"role": "user", "content": "And?"}]}\n'
     Path("mine.jsonl").write_text("".join(answered % number for number in range(8)) + unanswered)

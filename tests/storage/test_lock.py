@@ -57,7 +57,7 @@ def hold(tmp_path: Path) -> Iterator[Hold]:
         process.stdout.close()
 
 
-def test_a_second_process_is_told_who_holds_it(tmp_path: Path, hold: Hold) -> None:
+def test_a_second_process_is_shown_who_holds_it(tmp_path: Path, hold: Hold) -> None:
     run = tmp_path / "runs" / "x"
     process, _ = hold(run)
     with pytest.raises(UserError) as caught, RunLock(run):
@@ -151,7 +151,7 @@ def test_another_error_of_a_lock_is_no_lack_of_locks(tmp_path: Path, monkeypatch
         pytest.fail("held a lock that failed")
 
 
-def test_a_folder_in_its_place_is_told(tmp_path: Path) -> None:
+def test_a_folder_in_its_place_is_reported(tmp_path: Path) -> None:
     (tmp_path / ".lock").mkdir()
     with pytest.raises(UserError) as caught, RunLock(tmp_path):
         pass

@@ -275,7 +275,7 @@ def test_below_a_known_place_of_a_drive_one_must_be_mounted(tmp_path, monkeypatc
     Mirror(RunFolder(tmp_path / "run" / "one"), listed / below, print).open(CONFIG)
 
 
-def test_a_failure_is_told_and_tried_again_and_harms_nothing(machine, drive, monkeypatch):
+def test_a_failure_is_reported_and_tried_again_and_harms_nothing(machine, drive, monkeypatch):
     run, mirror, told = machine()
     real = shutil.copyfile
 
@@ -300,7 +300,7 @@ def test_a_failure_is_told_and_tried_again_and_harms_nothing(machine, drive, mon
     verify_folder(run.checkpoint(5))
 
 
-def test_a_drive_that_goes_away_is_told_and_copied_to_again_once_it_is_back(machine, drive, tmp_path):
+def test_a_drive_that_goes_away_is_reported_and_copied_to_again_once_it_is_back(machine, drive, tmp_path):
     run, mirror, told = machine(opened=False)
     mirror.open(CONFIG)
     save(run, 5)
@@ -451,7 +451,7 @@ def test_a_drive_that_became_full_keeps_nobody_from_a_start(machine, drive, monk
     assert run.saved_steps() == [5]  # and it is still read from
 
 
-def test_at_the_end_a_failure_is_told_once_more(machine, drive, monkeypatch):
+def test_at_the_end_a_failure_is_reported_once_more(machine, drive, monkeypatch):
     run, mirror, told = machine()
     save(run, 5)
     monkeypatch.setattr(shutil, "copyfile", lambda *_: (_ for _ in ()).throw(RuntimeError("transport endpoint")))

@@ -82,7 +82,7 @@ def test_what_is_no_checkpoint_is_not_counted(run):
     assert RunFolder(run.path / "nowhere").saved_steps() == []
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_told(run):
+def test_a_damaged_checkpoint_is_passed_over_and_reported(run):
     save(run, 5, 10, 15, 20)
     (run.checkpoint(20) / "manifest.json").unlink()
     (run.checkpoint(15) / "state.json").write_text("[]", encoding="utf-8")
@@ -182,7 +182,7 @@ def test_prepare_puts_right_what_a_kill_left(run):
     assert sorted(path.name for path in run.path.iterdir()) == ["adapter", "checkpoints"]
 
 
-def test_a_place_that_cannot_be_written_is_told(tmp_path, monkeypatch, expect_error):
+def test_a_place_that_cannot_be_written_is_reported(tmp_path, monkeypatch, expect_error):
     def refuse(path, *_, **__):
         raise PermissionError(13, "Permission denied", str(path))
 
@@ -196,7 +196,7 @@ def test_a_place_that_cannot_be_written_is_told(tmp_path, monkeypatch, expect_er
     )
 
 
-def test_a_file_in_the_way_is_told(tmp_path, expect_error):
+def test_a_file_in_the_way_is_reported(tmp_path, expect_error):
     (tmp_path / "one").touch()
     expect_error(
         lambda: RunFolder(tmp_path / "one").prepare(),
@@ -221,7 +221,7 @@ def test_files_that_would_be_written_elsewhere_are_refused(run, tmp_path, name):
     assert other.read_text() == "of another program"
 
 
-def test_the_mark_tells_that_a_run_is_finished(run):
+def test_the_mark_shows_that_a_run_is_finished(run):
     assert run.finished() is None
     mark = {"step": 7, "steps": 10, "lengths": {"max_steps": 10}}
     run.finished_mark.write_text(json.dumps(mark), encoding="utf-8")
@@ -306,7 +306,7 @@ def test_the_newest_run_is_the_one_that_was_started_last_whatever_the_dates_of_i
     assert newest_run().path == Path("runs/a")
 
 
-def test_no_run_at_all_is_told(tmp_path, monkeypatch, expect_error):
+def test_no_run_at_all_is_reported(tmp_path, monkeypatch, expect_error):
     monkeypatch.chdir(tmp_path)
     expect_error(newest_run, "runs/", "'python main.py fit'", "--run")
     Path("runs/no-run").mkdir(parents=True)
@@ -382,7 +382,7 @@ def test_a_damaged_mark_is_none_with_a_warning(run, capsys, text):
         (b"a: 2020-13-01\n", "(it holds a number, a date or a tag that can't be one)"),
     ],
 )
-def test_a_damaged_config_is_told_with_what_to_do(run, content, reason, expect_error):
+def test_a_damaged_config_is_reported_with_what_to_do(run, content, reason, expect_error):
     run.config.write_bytes(content)
     expect_error(run.read_config, run.config, reason, "put a copy of it back")
     assert run.write_config("a: 1\n").name == "config.2.yaml"

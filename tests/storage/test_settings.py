@@ -24,7 +24,7 @@ def nested(name, value):
 
 
 @pytest.mark.parametrize("name", MAY_CHANGE)
-def test_what_may_change_is_told(name):
+def test_what_may_change_is_reported(name):
     was, now = nested(name, 1), nested(name, 2)
     assert refused(was, now) == []
     assert told(was, now) == [f"{name}: 1 -> 2"]
@@ -81,7 +81,7 @@ def test_a_run_from_before_an_option_goes_on_where_the_option_changes_nothing():
     assert (refused(was, now), told(was, now)) == ([], ["data.strict: None -> False"])
 
 
-def test_differences_are_told_by_dotted_names():
+def test_differences_are_reported_by_dotted_names():
     was = {
         "seed": 1,
         "model": {"rank": 8, "base": "demo", "deep": {"a": [1, 2]}},

@@ -72,7 +72,7 @@ def test_each_template_holds_for_all_kinds_of_conversations(name):
         template(SOURCES[name], " Be kind. ").check()
 
 
-def test_what_is_told_of_a_template():
+def test_what_is_reported_of_a_template():
     assert [line.partition(" (sha256 ")[0] for line in template(SOURCES["chatml"]).notes()] == [
         "prompts by data.template"
     ]

@@ -228,7 +228,7 @@ def test_what_is_asked_and_learned(name):
         assert written(template, Conversation(TALK, "S")).startswith(shape.system)
 
 
-def test_where_earlier_answers_are_written_otherwise_it_is_told():
+def test_where_earlier_answers_are_written_otherwise_it_is_reported():
     told = {
         name: [line for line in template_of(one).notes() if "only the last" in line] for name, one in SHAPES.items()
     }

@@ -91,7 +91,7 @@ def test_a_pipe_is_one_prompt(here, answerer, piped, capsys):
     assert capsys.readouterr().out == greedy(answerer, question("Who goes everywhere\nwith Silas?"), 256) + "\n"
 
 
-def test_the_limit_is_told_apart_from_the_answer(here, answerer, capsys):
+def test_the_limit_is_kept_apart_from_the_answer(here, answerer, capsys):
     assert main(["chat", "--prompt", SILAS, "--max_new_tokens", "3"]) == 0
     out, err = capsys.readouterr()
     assert out == greedy(answerer, question(SILAS), 3) + "\n"
@@ -446,7 +446,7 @@ def test_a_full_context_loses_its_first_turns_and_says_so(talk, answerer):
         assert len(answerer.encoder.prompt(conversation)) + sampling.max_new_tokens <= 1024
 
 
-def test_a_cut_answer_is_told(talk):
+def test_a_cut_answer_is_reported(talk):
     out, _ = talk(["a"], "b", stops=False)
     assert out == ["b", "(cut at 8 tokens; --max_new_tokens sets the limit)", ""]
 
@@ -535,7 +535,7 @@ def test_two_columns_of_wide_characters_and_of_code():
 
 
 @pytest.mark.parametrize(("limit", "words"), [(10**6, 1), (8, 600)], ids=["limit", "question"])
-def test_what_a_visitor_is_told_names_no_place_of_the_owners(limit, words, answerer, tmp_path, monkeypatch):
+def test_what_a_visitor_is_shown_names_no_place_of_the_owners(limit, words, answerer, tmp_path, monkeypatch):
     (tmp_path / "llama").mkdir()
     monkeypatch.setattr(answerer, "base", dataclasses.replace(answerer.base, name=str(tmp_path / "llama")))
     with pytest.raises(UserError, match="of llama; ") as refused:

@@ -449,7 +449,7 @@ def test_a_config_that_is_not_there(capsys):
     assert capsys.readouterr().err.startswith("error: config: no file nope.yaml")
 
 
-def test_what_launchers_left_is_told(tell, monkeypatch):
+def test_what_launchers_left_is_reported(tell, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert line(tell(), "LOCAL_RANK=1 in the environment is ignored")[0].startswith("   note")
     monkeypatch.setenv("RANK", "1")

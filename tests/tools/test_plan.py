@@ -310,7 +310,7 @@ def test_rows_at_hand_without_their_tokenizer_are_estimated(plan, tmp_path):
         ("0.5", "an epoch: 4,922 of 9,846 rows, 2,107,814 tokens"),
     ],
 )
-def test_an_epoch_ends_where_it_is_told_to(plan, limit, words):
+def test_an_epoch_ends_where_it_is_set_to(plan, limit, words):
     assert any(line.startswith(words) for line in plan("--config", T4, "--trainer.limit_train_batches", limit))
 
 

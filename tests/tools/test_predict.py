@@ -523,7 +523,7 @@ def test_text_from_outside_makes_no_special_token(here, answerer):
     assert 2 not in ids
 
 
-def test_a_finished_output_is_told_from_another_s(here, slow, capsys):
+def test_a_finished_output_is_known_from_another_s(here, slow, capsys):
     assert predict() == 0
     output = here / "answers.jsonl"
     before = output.read_bytes()
@@ -563,7 +563,7 @@ def test_lines_where_there_is_no_terminal(here, slow, capsys, monkeypatch):
     assert capsys.readouterr().err == "5 of 12 answered\n10 of 12 answered\n12 of 12 answered\n"
 
 
-def test_a_bar_on_a_terminal_even_one_that_tells_no_size(here, slow, monkeypatch):
+def test_a_bar_on_a_terminal_even_one_that_has_no_size(here, slow, monkeypatch):
     screen, terminal = pytest.importorskip("pty").openpty()
     with os.fdopen(terminal, "w") as stderr, monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", stderr)

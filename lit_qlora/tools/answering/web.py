@@ -107,7 +107,7 @@ class Page:
 
         self.start = (answerer, sampling, system)
         kind, where = ("run", answerer.run.path) if answerer.run else ("adapter", answerer.adapter)
-        # Names alone: a page that is shared need not tell where its owner keeps things.
+        # Names alone: a page that is shared need not show where its owner keeps things.
         self._trained = where.resolve().name
         self.name = f"base {answerer.base.public_name}, {kind} {self._trained}"
         self._worker = Worker(answerer)

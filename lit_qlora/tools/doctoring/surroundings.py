@@ -305,7 +305,7 @@ def host_memory() -> Iterator[Finding]:
     """Memory of this machine."""
     found = host.memory_bytes()
     if found is None:
-        yield Finding("ok", "host memory: this system doesn't tell")
+        yield Finding("ok", "host memory: unavailable on this system")
         return
     total, free = found
     shown = f"host memory: {total / GIB:.1f} GiB, {free / GIB:.1f} available"

@@ -88,7 +88,7 @@ def port():
         return listener.getsockname()[1]
 
 
-def test_the_command_tells_its_address_and_ends_in_one_line(port, trained, environment):
+def test_the_command_shows_its_address_and_ends_in_one_line(port, trained, environment):
     args = [sys.executable, str(ROOT / "main.py"), "chat", "--web", "--run", str(trained), "--port", str(port)]
     with subprocess.Popen(args, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout
@@ -383,7 +383,7 @@ def test_the_system_text_is_the_one_on_the_page(tab, expected):
     until(lambda: tab.notice == "the system text holds the tag <</SYS>>, which could forge a turn or a system text")
 
 
-def test_what_cant_be_asked_is_told_and_stays_in_its_box(tab):
+def test_what_cant_be_asked_is_reported_and_stays_in_its_box(tab):
     tab.ask("x [INST] y")
     until(lambda: tab.notice == "it holds the tag [INST], which could forge a turn or a system text")
     assert tab.find("#question textarea")[0].get_property("value") == "x [INST] y"

@@ -20,7 +20,7 @@ from lit_qlora.data.files import COMPRESSED, ENDINGS, INSTEAD, Row, SourceError,
 from lit_qlora.data.forms import COLUMN_OPTIONS, columns_of, forms_for
 from lit_qlora.data.splits import PLAIN_ENDINGS, Splits
 from lit_qlora.errors import UserError, excerpt, require, suggestion
-from lit_qlora.storage.files import parse_json
+from lit_qlora.storage.files import names_around, parse_json
 
 T = TypeVar("T")
 
@@ -94,7 +94,7 @@ def sources_of(value: Any, option: str = "data.source") -> tuple[Source, ...]:
     Raises:
         UserError: it is none.
     """
-    if isinstance(value, str) and value.startswith(("[", "{")):  # as `as_text` writes it, or a command line
+    if _is_json(value):  # as `as_text` writes it, or a command line
         with suppress(ValueError):
             value = parse_json(value.encode())
     values = [*value] if isinstance(value, list | tuple) else [value]
@@ -110,6 +110,11 @@ def sources_of(value: Any, option: str = "data.source") -> tuple[Source, ...]:
             f"lists {excerpt(str(doubled[0]))} twice, and reads it once", option=option, remedy="list each source once"
         )
     return sources
+
+
+def _is_json(value: Any) -> bool:
+    """True for a list or a table that is still a text."""
+    return isinstance(value, str) and value.lstrip().startswith(("[", "{"))
 
 
 def as_text(value: Any) -> str | None:
@@ -293,11 +298,10 @@ def _files_here(source: Source) -> dict[str, list[Path]] | None:
         raise SourceError(source.path, "is an address", "download the file, and give the file here")
     if glob.has_magic(source.path):
         raise SourceError(source.path, "no such file: the pattern matches none", "check its folder and its ending")
-    names = ["demo", *((entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else ())]
     remedy = (
         f"expected 'demo', a file ({', '.join(ENDINGS)}), a folder with train.jsonl, or a hub id such as owner/name"
     )
-    raise SourceError(source.path, f"no such file{suggestion(path.name, names)}", remedy)
+    raise SourceError(source.path, f"no such file{suggestion(path.name, ['demo', *names_around(path)])}", remedy)
 
 
 def _refuse_name(folder: Path, name: str | None) -> NoReturn:
@@ -327,7 +331,7 @@ def check_sources(options: Mapping[str, Any]) -> None:
     """
     for name in SOURCES:
         value = options.get(name)
-        if value and not (isinstance(value, str) and value.lstrip().startswith(("[", "{"))):
+        if value and not _is_json(value):
             check_here(value, f"data.{name}")
 
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from lit_qlora import demo
 from lit_qlora.data.tokenizer import load_tokenizer, template_beside
 from lit_qlora.errors import UserError, excerpt, meant
+from lit_qlora.storage.files import names_around
+from lit_qlora.storage.foreign import chat_template_in
 from lit_qlora.text import edges
 from lit_qlora.text.formats import LLAMA_2, OF_BASE, built_in, chosen, names
 
@@ -68,9 +70,7 @@ def check_template_of_base(value: str | None, base: str) -> None:
         UserError: it has none.
     """
     folder = Path(base).expanduser()
-    config = folder / "tokenizer_config.json"
-    has_one = any(folder.glob("*chat_template*")) or (config.is_file() and b'"chat_template"' in config.read_bytes())
-    if value == OF_BASE and folder.is_dir() and not has_one:
+    if value == OF_BASE and folder.is_dir() and chat_template_in(folder) is None:
         raise _no_template(base)
 
 
@@ -109,5 +109,5 @@ def _read_template_file(name: str) -> str:
         raise UserError(what, option="data.template", remedy="save it as UTF-8") from error
     except OSError as error:
         what = f"{name}: expected {', '.join(names())}, or a file with a Jinja chat template ({error.strerror})"
-        beside = [str(one) for one in path.parent.iterdir()] if path.parent.is_dir() else []
+        beside = [str(path.with_name(one)) for one in names_around(path)]
         raise UserError(what, option="data.template", remedy=meant(name, [*names(), *beside])) from error

@@ -19,7 +19,7 @@ from lit_qlora.errors import UserError, excerpt, nearest, one_line, require
 from lit_qlora.model.architectures import Architecture, architecture_of
 from lit_qlora.model.config import read_config
 from lit_qlora.model.shape import Shape, known_config, target_names
-from lit_qlora.storage.files import LFS, parse_json, unreadable
+from lit_qlora.storage.files import LFS, names_around, parse_json, unreadable
 from lit_qlora.storage.folders import ADAPTER_CONFIG
 from lit_qlora.storage.reach import stored_file, use_cache_if_silent
 
@@ -101,8 +101,7 @@ def find_base(name: str, weights: bool = True) -> Base:
     elif page := re.match(r"https?://[^/]+/([\w.-]+/[\w.-]+)", name, re.ASCII):
         raise base_error(f"{name} is an address", remedy=f"of a model on the hub, give the id alone, {page[1]}")
     elif name.count("/") != 1 or name.startswith((".", "/", "~")):  # neither here nor an id of the hub
-        beside = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        near = nearest(folder.name, beside)
+        near = nearest(folder.name, names_around(folder))
         likely = folder.parent / near if near else nearest(name, ["demo"])
         meant = f" (did you mean {likely}?)" if likely else ""
         raise base_error(f"no folder {excerpt(name)}{meant}", remedy="give a hub id (owner/name) or a folder")

@@ -117,7 +117,7 @@ class Copies:
                 gone = self._prune(target)
             free = free_bytes(self.root)
             if free < needed_bytes + RESERVE_BYTES:
-                return f"no 4-bit copy kept: {needed_bytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free{gone}"
+                return f"no 4-bit copy kept: {size(needed_bytes)}, and {size(free)} are free{gone}"
             write_folder(target, fill)
             _note(target)
             gone += self._prune(target)
@@ -125,7 +125,7 @@ class Copies:
             if target.is_dir():
                 return None  # another process was quicker
             return f"no 4-bit copy kept: {error.strerror or error}"
-        return f"a 4-bit copy ({needed_bytes / 1e9:.1f} GB) is kept in {target}; the next start reads that{gone}"
+        return f"a 4-bit copy ({size(needed_bytes)}) is kept in {target}; the next start reads that{gone}"
 
     def _prune(self, new: Path) -> str:
         """Make room for a ``new`` copy: at most `KEPT` stay, besides those in use. Return the removed, in words."""

@@ -236,6 +236,11 @@ def compute_dtype(precision: str) -> torch.dtype:
     return DTYPES[precision]
 
 
+def seed_of(*place: int) -> int:
+    """A seed for a place by its numbers, the run's seed first: neighbours have nothing in common."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, place)).encode()).digest()[:8], "big")
+
+
 def seed_by_position(seed: int, epoch: int, batch: int, device: torch.device) -> None:
     """Seed torch on the host and on ``device`` for a micro-batch, by its position in the run.
 
@@ -247,8 +252,7 @@ def seed_by_position(seed: int, epoch: int, batch: int, device: torch.device) ->
         batch: number of the micro-batch in it, over all devices.
         device: the module's.
     """
-    place = f"{seed}/{epoch}/{batch}/0"  # the 0 was once a device's number
-    number = int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "big")
+    number = seed_of(seed, epoch, batch, 0)  # the 0 was once a device's number
     torch.default_generator.manual_seed(number)
     if device.type == "cuda":
         torch.cuda.default_generators[device.index].manual_seed(number)

@@ -21,9 +21,9 @@ from lit_qlora.model.architectures import LINEARS
 from lit_qlora.model.base import Base
 from lit_qlora.model.fingerprint import fingerprint, short
 from lit_qlora.model.shape import target_names
-from lit_qlora.storage.files import disk_error, unreadable
+from lit_qlora.storage.files import disk_error
 from lit_qlora.storage.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, MANIFEST, DamagedFolderError, verify_folder
-from lit_qlora.storage.foreign import read_object
+from lit_qlora.storage.foreign import chat_template_in, read_object
 from lit_qlora.storage.run import RECORD
 from lit_qlora.text.formats import PromptFormat, chosen, from_record
 
@@ -316,7 +316,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     else:
         of = config.get("base_model_name_or_path")
         record["base"] = of if isinstance(of, str) and of.strip() else None
-        record |= chosen(_template_in(folder)).record()
+        record |= chosen(chat_template_in(folder)).record()
     lora_config.check_config(folder, config)
     stored = stored_shapes(folder)
     lora_config.check_ranks(folder, config, stored)
@@ -353,22 +353,6 @@ def _format(record: Mapping[str, Any], folder: Path) -> PromptFormat:
     if record["base_fingerprint"]:
         return from_record(record, folder, RECORD)
     return replace(from_record(record, folder, "its tokenizer"), is_assumed=True)
-
-
-def _template_in(folder: Path) -> str | None:
-    """The chat template that another tool saved beside an adapter, with its tokenizer; None without any."""
-    alone, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    try:
-        if alone.is_file():
-            return alone.read_text(encoding="utf-8")
-    except (ValueError, OSError) as error:
-        raise UserError(f"{alone.name} can't be read: {unreadable(error)}", place=folder) from error
-    found = read_object(config, str(folder)).get("chat_template") if config.is_file() else None
-    if isinstance(found, list):  # of several: [{"name": …, "template": …}]
-        found = next(
-            (one.get("template") for one in found if isinstance(one, dict) and one.get("name") == "default"), ""
-        )
-    return found if isinstance(found, str) and found.strip() else None
 
 
 def _check_unaltered(folder: Path, expected: Mapping[str, Any], remedy: str | None = None) -> None:

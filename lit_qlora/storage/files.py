@@ -281,6 +281,11 @@ def existing_folder(path: Path) -> Path:
     return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
 
 
+def names_around(path: Path) -> list[str]:
+    """The names in the folder of ``path``, which may not be there itself; empty without that folder."""
+    return [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
+
+
 def free_bytes(path: Path) -> int:
     """Free bytes on the disk of ``path``, which may not exist yet. Raises OSError."""
     return shutil.disk_usage(existing_folder(path)).free

@@ -82,6 +82,22 @@ def object_in(file: Path) -> dict[str, Any]:
         return {}
 
 
+def chat_template_in(folder: Path) -> str | None:
+    """The chat template of the tokenizer that a base or an adapter has in its folder; None without any."""
+    alone, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    try:
+        if alone.is_file():
+            return alone.read_text(encoding="utf-8")
+    except (ValueError, OSError) as error:
+        raise UserError(f"{alone.name} can't be read: {unreadable(error)}", place=folder) from error
+    found = read_object(config, str(folder)).get("chat_template") if config.is_file() else None
+    if isinstance(found, list):  # of several: [{"name": …, "template": …}]
+        found = next(
+            (one.get("template") for one in found if isinstance(one, dict) and one.get("name") == "default"), ""
+        )
+    return found if isinstance(found, str) and found.strip() else None
+
+
 def check(place: str, key: str, kind: Kind, value: Any) -> None:
     """Check that a value is of its kind.
 

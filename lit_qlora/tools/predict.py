@@ -145,10 +145,11 @@ def _answer_all(
 def _answer_batch(answerer: Answerer, ids: list[list[int]], sampling: Sampling, number: int) -> Sequence[Any]:
     import torch
 
-    # By the batch's number: samples must not depend on what this process sampled before.
-    seed = int.from_bytes(hashlib.sha256(f"{sampling.seed}/{number}".encode()).digest()[:8], "big")
+    from lit_qlora.model.device import seed_of
+
     try:
-        return answerer.answer_ids(ids, replace(sampling, seed=seed))
+        # By the batch's number: samples must not depend on what this process sampled before.
+        return answerer.answer_ids(ids, replace(sampling, seed=seed_of(sampling.seed, number)))
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"too much for the memory: {number_of(len(ids), 'prompts')} of up to {max(map(len, ids))} tokens",

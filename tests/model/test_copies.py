@@ -27,7 +27,7 @@ def kept(tiny, load, tmp_path, monkeypatch) -> Copies:
     monkeypatch.setattr(module, "RESERVE_BYTES", 0)
     copies = Copies(str(tmp_path / "copies"))
     line = copies.keep(tiny, torch.float32, CPU)
-    assert line.startswith("a 4-bit copy (0.0 GB) is kept in ")
+    assert line.startswith("a 4-bit copy (325.5 kB) is kept in ")
     return copies
 
 
@@ -268,7 +268,7 @@ def test_a_copy_is_left_out_where_it_can_not_be_kept(tiny, load, tmp_path, monke
     full = shutil._ntuple_diskusage(10, 9, 1_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
     line = Copies(str(tmp_path / "a")).keep(tiny, torch.float32, CPU)
-    assert line == "no 4-bit copy kept: 0.0 GB, and 0.0 GB are free"
+    assert line == "no 4-bit copy kept: 325.5 kB, and 1.0 MB are free"
     (tmp_path / "b").write_text("")
     line = Copies(str(tmp_path / "b")).keep(tiny, torch.float32, CPU)
     assert line == "no 4-bit copy kept: File exists"

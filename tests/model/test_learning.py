@@ -48,7 +48,7 @@ def built(make_model, tiny, monkeypatch):
         module, trainer = QLoRAModule(tiny.location, rank=4, alpha=8.0), Trainer()
         module.model, module.kept_layers = make_model(dropout=dropout).train(), kept_layers
         monkeypatch.setattr(QLoRAModule, "trainer", trainer)
-        monkeypatch.setattr(learning, "note", trainer.told.append)
+        monkeypatch.setattr(learning, "note_at_agreement", trainer.told.append)
         real = module.summed_loss
 
         def limited(batch):

@@ -374,9 +374,11 @@ def test_a_disk_without_room(tell, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(100e9, 99e9, 1e9))
     lines = tell(*T4, status=2)
     assert (
-        line(lines, "disk of the run folder: 1.0 GB free, 1.9 needed")[1] == "free some, or give --run on another disk"
+        line(lines, "disk of the run folder: 1.0 GB free, 1.9 GB needed")[1]
+        == "free some, or give --run on another disk"
     )
-    assert line(lines, "disk of the hub's cache: 1.0 GB free, 13.5 needed")[1].endswith("set HF_HOME to another disk")
+    remedy = line(lines, "disk of the hub's cache: 1.0 GB free, 13.5 GB needed")[1]
+    assert remedy.endswith("set HF_HOME to another disk")
 
 
 def test_little_host_memory(monkeypatch):

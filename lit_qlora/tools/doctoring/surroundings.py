@@ -20,7 +20,7 @@ from lit_qlora.errors import one_line
 from lit_qlora.forecast.host import loading_bytes
 from lit_qlora.model import host
 from lit_qlora.place import INSTALL, requirements
-from lit_qlora.storage.files import GIB, existing_folder, free_bytes
+from lit_qlora.storage.files import GIB, existing_folder, free_bytes, size
 
 MODULES = {
     # The submodule of each that fails first on a version conflict.
@@ -326,11 +326,11 @@ def disk(what: str, folder: Path, needed: int, remedy: str) -> Iterator[Finding]
     """
     there = existing_folder(folder)
     free = free_bytes(there)
-    shown = f"disk of {what}: {free / 1e9:.1f} GB free"
+    shown = f"disk of {what}: {size(free)} free"
     if not os.access(there, os.W_OK):
         yield Finding("problem", f"{shown}, and it may not be written", remedy)
     elif free < needed:
-        yield Finding("problem", f"{shown}, {needed / 1e9:.1f} needed", f"free some, or {remedy}")
+        yield Finding("problem", f"{shown}, {size(needed)} needed", f"free some, or {remedy}")
     elif str(there.resolve()).startswith("/content/drive"):
         yield Finding("note", f"{shown}; a mounted Drive loses files", "write here, and give --mirror that folder")
     else:

@@ -11,7 +11,7 @@ from pathlib import Path
 from lit_qlora.errors import UserError
 from lit_qlora.figures.card import addressed
 from lit_qlora.quiet import quieten
-from lit_qlora.storage.files import size
+from lit_qlora.storage.files import decoded, size
 from lit_qlora.storage.folders import CARD, MANIFEST, DamagedFolderError, verify_folder
 from lit_qlora.storage.run import RECORD
 from lit_qlora.tools.answering.answerer import trained_run
@@ -96,11 +96,8 @@ def _contents(source: Path, sizes: dict[str, int], to: str) -> Contents:
         if TOKEN.search(content):
             raise UserError(f"push: {source / name} holds a token of the hub", remedy="take it out, nothing was sent")
         if name == CARD:
-            try:
-                contents[name] = addressed(content.decode(), to).encode()
-            except UnicodeDecodeError as error:
-                problem = f"{source / name} is not UTF-8 (byte {error.start})"
-                raise UserError(f"push: {problem}", remedy="save it as UTF-8, nothing was sent") from error
+            text = decoded(content, place=source / name, remedy="save it as UTF-8, nothing was sent")
+            contents[name] = addressed(text, to).encode()
     return contents
 
 

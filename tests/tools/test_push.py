@@ -364,6 +364,13 @@ def test_a_card_may_be_edited(hub, push, adapter):
     assert hub.repositories["ann/mine"].files["README.md"] == b"# Mine\n"
 
 
+def test_a_card_that_is_no_utf_8_is_not_sent(hub, refusal, adapter):
+    (adapter / "README.md").write_bytes(b"caf\xe9")
+    told = refusal("--adapter", adapter, "--to", "ann/mine", "--yes")
+    assert told == f"error: {adapter / 'README.md'}: not UTF-8 (byte 3); save it as UTF-8, nothing was sent\n"
+    assert only_read(hub)
+
+
 def test_an_edited_card_makes_no_damaged_adapter(trained, tmp_path, capsys):
     """Neither for a verb that uses the adapter, nor for a fit that is given again."""
     run = tmp_path / "run"

@@ -127,14 +127,14 @@ def _is_private(name: str, but: set[str]) -> bool:
 
 SENTENCES_READ = {
     "storage/files.py": "safetensors raises the system's number of an error in its sentence alone",
-    "options.py": "jsonargparse wraps the errors of an option in sentences, and drops them",
+    "options.py": "jsonargparse wraps the errors of an option in sentences, ours too, and drops them",
 }
 """Modules that read the sentence of another project's error, which has no field for what it says."""
 READERS = {"search", "match", "fullmatch", "findall", "startswith", "endswith", "find", "index", "count"}
 
 
 def test_no_sentence_of_an_error_is_read_but_where_there_is_no_field_for_it() -> None:
-    """Of ours none: `UserError` has fields. To show one, or its first line, is not to read it."""
+    """`UserError` has fields. To show a sentence, or its first line, is not to read it."""
     found = {
         str(path.relative_to(ROOT / "lit_qlora")): f"line {node.lineno}: {ast.unparse(node)}"
         for path, tree in TREES.items()

@@ -588,9 +588,9 @@ def test_help_and_a_misspelt_option_need_nothing_heavy(args):
         )
         assert done.stdout.endswith("set()\n")
         took_s.append(_children_s() - before)
-        if took_s[-1] < 1:
+        if took_s[-1] < 2:
             break
-    assert min(took_s) < 1
+    assert min(took_s) < 2  # an import of torch takes longer
 
 
 def _children_s() -> float:

@@ -11,6 +11,7 @@ from typing import Any
 from lit_qlora.data.files import EXAMPLE
 from lit_qlora.data.forms import (
     COLUMN_OPTIONS,
+    FORMS,
     INPUT_COLUMNS,
     MARKERS_ELSEWHERE,
     SYSTEM,
@@ -33,8 +34,10 @@ LABEL_COLUMNS = ("label", "kto_tag")
 LABELS = ("true", "false")
 """What they hold; other labels, such as a class's number, say nothing of the answer."""
 LABELLED_BAD = "rows with label false, which calls the answer bad: not learned"
-QUESTIONS = ("instruction", "prompt", "question", "query", "user", "human", "input", "inputs")
-ANSWERS = ("output", "response", "completion", "answer", "answers", "assistant", "chosen", "target", "targets")
+_PAIRS = [form.needs for form in FORMS if len(form.needs) == 2]
+QUESTIONS = sorted([*dict.fromkeys(one for one, _ in _PAIRS), "human", "inputs"], key=INPUT_COLUMNS.__contains__)
+ANSWERS = [*dict.fromkeys(one for _, one in _PAIRS), "answers", "chosen", "target", "targets"]
+"""Names of columns that probably hold a question, or an answer: the forms' own, and others."""
 NO_INPUT = ("nan", "<noinput>")
 """Texts in the place of nothing given to a question: pandas' as a text, and that of data made by a model."""
 WRITE_TURNS = (

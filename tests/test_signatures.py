@@ -577,7 +577,7 @@ def test_help_and_a_misspelt_option_need_nothing_heavy(args):
     heavy = "'torch', 'lightning', 'transformers', 'peft', 'datasets', 'huggingface_hub', 'jinja2'"
     code += f"print({{{heavy}}} & {{*sys.modules}})"
     took_s = []
-    for _ in range(3):  # the quickest counts: what else the machine does is not measured
+    for _ in range(8):  # the quickest counts: what else the machine does is not measured
         before = _children_s()
         done = subprocess.run(
             [sys.executable, "-c", code],
@@ -588,9 +588,9 @@ def test_help_and_a_misspelt_option_need_nothing_heavy(args):
         )
         assert done.stdout.endswith("set()\n")
         took_s.append(_children_s() - before)
-        if took_s[-1] < 2:
+        if took_s[-1] < 1:
             break
-    assert min(took_s) < 2  # an import of torch takes longer
+    assert min(took_s) < 1
 
 
 def _children_s() -> float:

@@ -22,7 +22,7 @@ from lit_qlora.callbacks.throughput import Throughput
 from lit_qlora.callbacks.validation import held_out_figures
 from lit_qlora.console import note
 from lit_qlora.data.chat_template import PROMPT_PROBES, check_template
-from lit_qlora.devices.strategy import is_on_edge
+from lit_qlora.devices.strategy import ends_step
 from lit_qlora.devices.world import any_of, by_first, is_first
 from lit_qlora.errors import UserError
 from lit_qlora.figures.card import write_card
@@ -121,7 +121,8 @@ class RunCheckpoints(StepCallback, Needs):
         if is_first():
             self._keep_if_best(trainer, pl_module)
         is_due = any_of(self._is_due or trainer.should_stop or self.stop_asked)
-        if is_due and validation_follows(trainer) and is_on_edge(trainer):
+        # no save while a gradient waits
+        if is_due and validation_follows(trainer) and ends_step(trainer, trainer.fit_loop.batch_idx):
             self._save(trainer, pl_module)
 
     def _keep_if_best(self, trainer: Trainer, module: LightningModule) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_qlora.batch import Batch
+from lit_qlora.devices.strategy import ends_step
 from lit_qlora.devices.world import any_of, world
 
 
@@ -30,13 +31,11 @@ class StepEdge(Callback):
 
     def __init__(self, parts: Sequence[StepCallback]) -> None:
         self.parts = [*parts]
-        self._seen = 0
         self._stops = False
         """True if a callback asked the Trainer to stop inside of a step."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start at the step of a resumed run; of several processes, none waits for the others within a step."""
-        self._seen = trainer.global_step
+        """Of several processes, none waits for the others within a step."""
         if world().size > 1:  # Lightning would broadcast for each micro-batch; a stop is agreed on once per step
             trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
@@ -44,11 +43,10 @@ class StepEdge(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Call the parts if this micro-batch was a step's last."""
-        if trainer.global_step == self._seen:  # the step is finished first, so that it can be saved
+        if not ends_step(trainer, batch_idx):  # the step is finished first, so that it can be saved
             self._stops |= trainer.should_stop
             trainer.should_stop = False
             return
-        self._seen = trainer.global_step
         trainer.should_stop |= self._stops
         agree_to_stop(trainer)
         for part in self.parts:

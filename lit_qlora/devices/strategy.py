@@ -61,7 +61,8 @@ class Replicas(ParallelStrategy):
     def post_backward(self, closure_loss: Tensor) -> None:
         """Sum the gradients of all processes, behind the last micro-batch of an optimizer step."""
         assert self.lightning_module is not None
-        if not is_on_edge(self.lightning_module.trainer):
+        trainer = self.lightning_module.trainer
+        if not ends_step(trainer, trainer.fit_loop.batch_idx):
             return
         for parameter in self._trained():
             if parameter.grad is None:  # no micro-batch of this step was dealt to this process
@@ -134,8 +135,13 @@ class Replicas(ParallelStrategy):
         torch._foreach_copy_(values, [part.view_as(value) for part, value in zip(parts, values, strict=True)])
 
 
-def is_on_edge(trainer: Trainer) -> bool:
-    """True if no gradient waits for the rest of its step."""
-    batches = trainer.fit_loop.epoch_loop.batch_progress
-    is_last = batches.is_last_batch or batches.current.ready == trainer.num_training_batches
-    return is_last or batches.current.ready % trainer.accumulate_grad_batches == 0
+def ends_step(trainer: Trainer, batch_idx: int) -> bool:
+    """True if a micro-batch is the last of its optimizer step, as Lightning decides it.
+
+    Args:
+        trainer: In a fit.
+        batch_idx: The number of the current micro-batch in the epoch, over all devices; `fit_loop.batch_idx`.
+    """
+    number = batch_idx + 1
+    is_last = trainer.is_last_batch or number >= trainer.num_training_batches
+    return bool(is_last) or number % trainer.accumulate_grad_batches == 0

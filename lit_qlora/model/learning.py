@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_qlora.batch import Batch, split_batch
+from lit_qlora.devices.strategy import ends_step
 from lit_qlora.devices.world import note_at_agreement
 from lit_qlora.errors import OutOfRoomError, UserError
 from lit_qlora.model.device import chance
@@ -71,7 +72,7 @@ class LearnsInParts(ComputesSums):
             self._waiting.append(Waiting(batch, self.draw() if most > 1 else None))
         else:
             self._prepare(batch)
-        if len(self._waiting) < most and not self._ends_step(batch_idx):
+        if len(self._waiting) < most and not ends_step(self.trainer, batch_idx):
             return self._figures([])
         self._learning, self._waiting = self._waiting, []
         found: list[Sums] | None = None
@@ -107,7 +108,7 @@ class LearnsInParts(ComputesSums):
         if self._num_answers is None or batch.device >= 0:  # resumed within a step, or some are on other devices
             return
         self._num_answers += len(batch.targets)
-        if self._ends_step(batch_idx) and self._num_answers != batch.step_answer_tokens:
+        if ends_step(self.trainer, batch_idx) and self._num_answers != batch.step_answer_tokens:
             raise UserError(
                 f"made for optimizer steps of {number_of(batch.step_answer_tokens, 'answer tokens')}, and with "
                 f"trainer.accumulate_grad_batches {accumulate} this one has {self._num_answers:,}",
@@ -128,11 +129,6 @@ class LearnsInParts(ComputesSums):
     @property
     def _most_together(self) -> int:
         return self.together if self.parts == 1 and self.can_learn_together else 1
-
-    def _ends_step(self, batch_idx: int) -> bool:
-        number = batch_idx + 1
-        is_last = number >= self.trainer.num_training_batches or self.trainer.is_last_batch
-        return bool(is_last) or number % self.trainer.accumulate_grad_batches == 0
 
     def _sums_of(self, waiting: Sequence[Waiting], earlier: dict[int, Tensor]) -> list[Sums]:
         """As `summed_losses`, of micro-batches that nothing was drawn for one by one."""

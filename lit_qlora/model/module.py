@@ -21,7 +21,7 @@ from torchmetrics import SumMetric
 from lit_qlora.arguments import checked_arguments
 from lit_qlora.batch import Batch
 from lit_qlora.devices.asked import check_shard
-from lit_qlora.devices.strategy import is_on_edge
+from lit_qlora.devices.strategy import ends_step
 from lit_qlora.devices.world import is_first, local_first
 from lit_qlora.errors import UserError, require
 from lit_qlora.model import load, lora, script
@@ -481,13 +481,13 @@ class QLoRAModule(LearnsInParts):
         """Note who goes through the layers at a micro-batch of ``device``: whoever does not wait for more."""
         self._num_waiting[device] += 1
         for other, number in [*self._num_waiting.items()]:
-            if number >= self._most_together or self._ends_step(batch_idx):
+            if number >= self._most_together or ends_step(self.trainer, batch_idx):
                 shards.count(other)
                 del self._num_waiting[other]
 
     def on_after_backward(self) -> None:
         """Where the base is shared, take part in the rest of the step, before gradients are summed."""
-        if self.shards and is_on_edge(self.trainer):
+        if self.shards and ends_step(self.trainer, self.trainer.fit_loop.batch_idx):
             self.shards.keep_pace(backward=True)
 
     def on_validation_start(self) -> None:

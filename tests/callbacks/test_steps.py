@@ -86,12 +86,7 @@ def test_a_resumed_run_does_not_see_the_step_that_it_stands_at_again(full_run, t
             "_should_check_val_fx",
             "validation_follows: the save waits for it",
         ),
-        (
-            "fit_loop.epoch_loop.batch_progress",
-            "is_last_batch",
-            "is_on_edge: no save while a gradient waits",
-        ),
-        ("fit_loop.epoch_loop.batch_progress.current", "ready", "is_on_edge, too"),
+        ("fit_loop.epoch_loop.batch_progress", "is_last_batch", "begin_epoch, too"),
         ("fit_loop.epoch_loop", "_broadcast_sigterm_tensor", "StepEdge: else a wait per micro-batch"),
         ("fit_loop", "restarted_mid_epoch", "begin_epoch: a run saved in an epoch's last step"),
         ("fit_loop", "reset_restart_stage", "begin_epoch, too"),
@@ -110,8 +105,7 @@ def test_what_is_used_of_lightnings_loops_has_its_name(trainer, owner, name, nee
     place = trainer()
     for part in owner.split("."):
         place = getattr(place, part)
-    where = "devices/strategy.py" if needed.startswith("is_on_edge") else "callbacks/steps.py"
-    assert hasattr(place, name), f"Lightning has renamed Trainer.{owner}.{name}; {where}, {needed}"
+    assert hasattr(place, name), f"Lightning has renamed Trainer.{owner}.{name}; callbacks/steps.py, {needed}"
 
 
 def test_no_other_module_knows_the_private_parts_of_lightnings_loops():

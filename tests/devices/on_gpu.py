@@ -54,13 +54,14 @@ def _look(folder: Path, module: Any) -> None:
 
 
 def _overflow() -> None:
-    from lit_qlora.devices.strategy import Replicas, is_on_edge
+    from lit_qlora.devices.strategy import Replicas, ends_step
     from lit_qlora.devices.world import world
 
     real, steps = Replicas.post_backward, [0]
 
     def post_backward(self: Any, loss: Any) -> None:
-        if is_on_edge(self.lightning_module.trainer):
+        trainer = self.lightning_module.trainer
+        if ends_step(trainer, trainer.fit_loop.batch_idx):
             steps[0] += 1
             if steps[0] == OVERFLOWS_IN and world().rank == 1:
                 self._trained()[0].grad.view(-1)[0] = float("inf")

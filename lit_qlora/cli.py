@@ -171,7 +171,7 @@ def _run(args: list[str]) -> int:
     check_texts(args, are_kept=verb != "chat")  # conversations of a chat are not saved
     if verb != "doctor":  # which reports it
         for left in starting.take_place(is_for_several=verb in TRAINERS):
-            complain(f"note: {left} in the environment is ignored: no launcher started several processes")
+            complain(f"note: {left}")
     if verb in FIT_AND_KIN:
         return _run_fit_or_kin(verb, args)
     if verb == "doctor":

@@ -46,6 +46,7 @@ def _is_folder(value: str) -> bool:
     return _is_named(value) and "://" not in value
 
 
+BELOW_ONE = "a share from 0 to below 1", lambda value: 0 <= value < 1
 LIMIT_WORDS = "a whole number of micro-batches, or a share up to 1.0"
 
 RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
@@ -72,10 +73,7 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("0 or more", lambda value: 0 <= value < float("inf"), "model.weight_decay samples.count rows"),
     ("0 or more processes", lambda value: value >= 0, "data.num_workers"),
     ("a number of tokens, or 0 for all", lambda value: value >= 0, "top_k"),
-    (
-        "a share from 0 to below 1", lambda value: 0 <= value < 1,
-        "model.dropout model.warmup_ratio data.validation_share",
-    ),
+    (*BELOW_ONE, "model.dropout model.warmup_ratio data.validation_share"),
     ("a share above 0, at most 1", lambda value: 0 < value <= 1, "top_p"),
     ("a share from 0 to 1", lambda value: 0 <= value <= 1, "min_p"),
     (

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from lit_qlora.command import another_run, check_same_run
-from lit_qlora.console import complain
 from lit_qlora.data.datamodule import ChatDataModule
 from lit_qlora.data.sources import check_sources
 from lit_qlora.errors import UserError
@@ -219,28 +218,6 @@ def check_room(run: RunFolder, module: QLoRAModule, keep_checkpoints: int) -> No
 
     what = f"the download of {module.base.name}"
     require_room(Path(HF_HUB_CACHE), download, what, option="model.base", remedy="set HF_HOME to a larger disk")
-
-
-def checkpoint_to_resume(run: RunFolder) -> Path | None:
-    """Find the newest intact checkpoint, and warn of each newer damaged one.
-
-    Args:
-        run: the run folder.
-
-    Returns:
-        Its folder; None for a run without checkpoints.
-
-    Raises:
-        UserError: there are some, and none is intact.
-    """
-    whole, problems = run.last_checkpoint(check_checkpoint)
-    for problem in problems:
-        complain(f"warning: {problem}; falling back to the previous checkpoint")
-    if problems and whole is None:
-        raise UserError(
-            f"no checkpoint in {run.checkpoints} is whole", option="run", remedy="start anew with another --run"
-        )
-    return whole
 
 
 def check_adapter(run: RunFolder, lora: Lora, mirrored: Path | None, *, is_needed: bool = False) -> None:

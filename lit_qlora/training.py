@@ -236,7 +236,7 @@ class QLoRACLI(LightningCLI):
                 self.mirror.complete()
             raise
         start.check_room(self.run, self.model, options.keep_checkpoints)
-        self.resume_from = start.checkpoint_to_resume(self.run)
+        self.resume_from = self.run.checkpoint_to_resume(check_checkpoint)
         start.check_adapter(self.run, self.model.lora, self.mirrored)
         self.run.write_config(as_yaml(config))
         if self.mirror:

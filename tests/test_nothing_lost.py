@@ -712,7 +712,7 @@ def test_a_checkpoint_in_the_mirror_is_looked_at_as_one_here(
     assert main([*FIT, "--mirror", "drive"]) == 2
     warning, error = capsys.readouterr().err.splitlines()
     check_line(warning, "'state.json'", "found no run", "previous checkpoint", begins=f"warning: mirror: {folder}: ")
-    assert error.startswith("error: mirror: no checkpoint in drive/run/checkpoints is whole; give another --mirror, ")
+    assert error.startswith("error: mirror: no checkpoint in drive/run/checkpoints is whole; give another --mirror ")
 
 
 def test_a_start_that_fails_leaves_nothing_in_the_mirror(

@@ -5,6 +5,7 @@ Knows lengths and ids; not what they say, nor what is computed of them.
 """
 
 import atexit
+import math
 import os
 import random
 import threading
@@ -116,6 +117,25 @@ def sizes_of(batches: Iterable[Sequence[int]], lengths: Sequence[int], packed: b
     """
     own = ([lengths[row] for row in rows] for rows in batches)
     return [sum(some) if packed else len(some) * max(some) for some in own]
+
+
+def epoch_steps(num_batches: int, accumulate: int) -> int:
+    """Optimizer steps of an epoch of ``num_batches`` micro-batches, those of all devices: the last may have fewer than
+    ``accumulate``.
+    """
+    return math.ceil(num_batches / accumulate)
+
+
+def run_steps(steps: int, max_epochs: int | None, max_steps: int) -> int:
+    """Optimizer steps of a whole run.
+
+    Args:
+        steps: of an epoch.
+        max_epochs: as the Trainer has it: -1 or None for no limit.
+        max_steps: likewise, -1.
+    """
+    by_epochs = math.inf if max_epochs in (None, -1) else max_epochs * steps
+    return int(min(by_epochs, math.inf if max_steps == -1 else max_steps))
 
 
 def limited(available: int, limit: int | float) -> int:

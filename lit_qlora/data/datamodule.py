@@ -4,7 +4,6 @@ Its neighbours do the work (`records`, `encode`, `cache`, `batching`); it takes 
 from the module's base and adapter, and counts optimizer steps. Knows no weights.
 """
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
@@ -17,7 +16,15 @@ from lightning.pytorch import LightningDataModule
 from lit_qlora.arguments import checked_arguments
 from lit_qlora.batch import Batch
 from lit_qlora.console import WIDTH, complain
-from lit_qlora.data.batching import BatchPlan, PlannedBatches, ResumableLoader, collate, num_cores
+from lit_qlora.data.batching import (
+    BatchPlan,
+    PlannedBatches,
+    ResumableLoader,
+    collate,
+    epoch_steps,
+    num_cores,
+    run_steps,
+)
 from lit_qlora.data.cache import EncodedRows, encode_records
 from lit_qlora.data.chat_template import write_tokenizer
 from lit_qlora.data.encode import CONTEXT_ONLY, Encoder, TrainOn
@@ -274,10 +281,8 @@ class ChatDataModule(LightningDataModule):
         loader = self.train_dataloader()
         if not isinstance(loader, ResumableLoader):  # a subclass's own
             return int(trainer.estimated_stepping_batches)
-        epoch_steps = math.ceil(loader.length / trainer.accumulate_grad_batches)
-        by_epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs * epoch_steps
-        by_steps = math.inf if trainer.max_steps == -1 else trainer.max_steps
-        return int(min(by_epochs, by_steps))
+        steps = epoch_steps(loader.length, trainer.accumulate_grad_batches)
+        return run_steps(steps, trainer.max_epochs, trainer.max_steps)
 
     @cached_property
     def _first_epoch(self) -> list[list[int]]:

@@ -14,7 +14,7 @@ from shlex import quote
 from typing import Any, NamedTuple, TypeGuard
 
 from lit_qlora.errors import UserError, excerpt, nearest
-from lit_qlora.storage.files import LFS
+from lit_qlora.storage.files import LFS, LFS_POINTER
 from lit_qlora.text.messages import holds_messages, holds_turns
 from lit_qlora.wording import kind
 
@@ -125,7 +125,7 @@ def _unpacked(path: Path, packing: str = "") -> bytes:
         )
         raise SourceError(path, f"can't be read ({error.strerror})", remedy) from error
     if data.startswith(LFS):
-        raise SourceError(path, "is a git-LFS pointer, not the data", "run 'git lfs pull' where it was cloned")
+        raise SourceError(path, *LFS_POINTER)
     if packing:
         data = _unpack(path, data, packing)
     start = data[:200].lstrip().lower()

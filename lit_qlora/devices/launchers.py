@@ -31,7 +31,7 @@ def check_whole() -> None:
 
 
 def ignore_launchers(allows_several: bool = False) -> list[str]:
-    """Remove ranks and counts from this process's environment; return those that named several processes.
+    """Remove ranks and counts from this process's environment; return a note on each that named one of several.
 
     Raises UserError if several processes were started, unless it ``allows_several``.
     """
@@ -46,7 +46,8 @@ def ignore_launchers(allows_several: bool = False) -> list[str]:
                 ),
             )
     left = {name: os.environ.pop(name) for name in (*COUNTS, *RANK_VARIABLES) if name in os.environ}
-    return [f"{name}={value}" for name, value in left.items() if name in RANK_VARIABLES and value.strip() != "0"]
+    meant = [f"{name}={value}" for name, value in left.items() if name in RANK_VARIABLES and value.strip() != "0"]
+    return [f"{one} in the environment is ignored: no launcher started several processes" for one in meant]
 
 
 def requeue() -> None:

@@ -19,12 +19,9 @@ from lit_qlora.errors import UserError, excerpt, nearest, one_line, require
 from lit_qlora.model.architectures import Architecture, architecture_of
 from lit_qlora.model.config import read_config
 from lit_qlora.model.shape import Shape, known_config, target_names
-from lit_qlora.storage.files import LFS, names_around, parse_json, unreadable
-from lit_qlora.storage.folders import ADAPTER_CONFIG
+from lit_qlora.storage.files import LFS, LFS_POINTER, names_around, parse_json, unreadable
+from lit_qlora.storage.folders import ADAPTER_CONFIG, INDEX, ONE_FILE
 from lit_qlora.storage.reach import stored_file, use_cache_if_silent
-
-ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
-"""Where weights are searched for: in the one file, else in those named by the index, as in transformers."""
 
 base_error = partial(UserError, option="model.base")
 """An error about the base."""
@@ -136,10 +133,8 @@ def _check_cloned(name: str, folder: Path) -> None:
     for path in sorted(filter(Path.is_file, folder.iterdir())):
         with suppress(OSError), path.open("rb") as file:  # one that can't be read may not be needed
             if file.read(len(LFS)) == LFS:
-                raise base_error(
-                    f"{name}: {path.name} is a git-LFS pointer, not the file itself",
-                    remedy="run 'git lfs pull' where it was cloned",
-                )
+                problem, remedy = LFS_POINTER
+                raise base_error(f"{name}: {path.name} {problem}", remedy=remedy)
 
 
 def _check_files(base: Base, files: Collection[str]) -> None:

@@ -14,8 +14,9 @@ from typing import NamedTuple
 from lit_qlora.console import bars
 from lit_qlora.errors import UserError, one_line
 from lit_qlora.model.architectures import LINEARS, PLACES
-from lit_qlora.model.base import INDEX, ONE_FILE, Base, base_error, weight_files
+from lit_qlora.model.base import Base, base_error, weight_files
 from lit_qlora.storage.files import parse_json, unreadable
+from lit_qlora.storage.folders import INDEX, ONE_FILE
 from lit_qlora.storage.reach import stored_file
 
 LARGEST_HEADER = 100_000_000

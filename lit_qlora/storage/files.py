@@ -161,6 +161,8 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 LFS = b"version https://git-lfs"
 """The beginning of what git leaves in place of a large file where git-lfs is missing."""
+LFS_POINTER = "is a git-LFS pointer, not the file itself", "run 'git lfs pull' where it was cloned"
+"""What is wrong with a file that begins so, and what to do."""
 
 
 def decoded(content: bytes, *, remedy: str = "save it as UTF-8", **fields: Any) -> str:

@@ -26,6 +26,8 @@ CARD = "README.md"
 """The model card of an adapter or a merged model; editing it is no damage, since it does not alter the model."""
 ADAPTER_CONFIG, ADAPTER_WEIGHTS, RESULT = "adapter_config.json", "adapter_model.safetensors", "result.json"
 """The files of an adapter: peft's two, and the step and held-out figures of one that a run saved."""
+ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+"""The weights of a whole model, as in transformers: one file, else those that the index names."""
 MANIFEST_VERSION = 1
 ABANDONED_S = 86_400
 """Seconds after which an unfinished folder counts as left by a kill, even where several processes write."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lit_qlora.errors import UserError, cut
+from lit_qlora.ranges import BELOW_ONE
 from lit_qlora.storage.files import parse_json, unreadable
 
 LARGEST_FILE = 10_000_000
@@ -45,7 +46,7 @@ def one_of(*words: str) -> Kind:
     return Kind(f"one of {', '.join(words)}", lambda value: isinstance(value, str) and value in words)
 
 
-SHARE = Kind("a share from 0 to below 1", lambda value: type(value) in (int, float) and 0 <= value < 1)
+SHARE = Kind(BELOW_ONE[0], lambda value: type(value) in (int, float) and BELOW_ONE[1](value))
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 OBJECT = Kind("a JSON object", lambda value: isinstance(value, dict))
 

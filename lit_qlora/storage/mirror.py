@@ -153,13 +153,8 @@ class Mirror:
     def _ahead(self) -> Path | None:
         """The newest intact checkpoint of the copy, if newer than this machine's."""
         own, _ = self.run.last_checkpoint(self.check)
-        newer, problems = self.copy.last_checkpoint(self.check, above=int(own.name.rpartition("-")[2]) if own else -1)
-        for problem in problems:
-            complain(f"warning: mirror: {problem}; falling back to the previous checkpoint")
-        if problems and own is newer is None:
-            problem = f"no checkpoint in {self.copy.checkpoints} is whole"
-            raise _wrong(problem, "give another --mirror, or move it away to start over")
-        return newer
+        above = int(own.name.rpartition("-")[2]) if own else -1
+        return self.copy.checkpoint_to_resume(self.check, above, is_needed=own is None, option="mirror")
 
     def _restore(self, checkpoint: Path) -> None:
         # The checkpoint comes last: an interrupted restore starts over.

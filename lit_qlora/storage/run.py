@@ -255,6 +255,29 @@ class RunFolder:
                     problems.append(str(error))
         return None, problems
 
+    def checkpoint_to_resume(
+        self, check: Callable[[Path], object], above: int = -1, *, is_needed: bool = True, option: str = "run"
+    ) -> Path | None:
+        """The newest intact checkpoint, with a warning of each newer damaged one; None if there are no checkpoints.
+
+        Args:
+            check: as in `last_checkpoint`, and ``above`` too.
+            above: step, up to which none counts.
+            is_needed: False if there is another place to resume from.
+            option: that named the folder, for messages.
+
+        Raises:
+            UserError: there are some, none is intact, and one is needed.
+        """
+        found, problems = self.last_checkpoint(check, above)
+        for problem in problems:
+            place = "" if option == "run" else f"{option}: "
+            complain(f"warning: {place}{problem}; falling back to the previous checkpoint")
+        if problems and found is None and is_needed:
+            problem = f"no checkpoint in {self.checkpoints} is whole"
+            raise UserError(problem, option=option, remedy=f"give another --{option} to start over")
+        return found
+
     def outdated_steps(self, keep: int, newest: int, check: Callable[[Path], object] = verify_folder) -> list[int]:
         """Steps whose checkpoints may be removed now that one is written: all but the newest intact ones.
 

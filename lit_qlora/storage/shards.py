@@ -7,6 +7,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lit_qlora.storage.folders import INDEX, ONE_FILE
+
 SHARD_BYTES = 2**30
 """Size of one file, which a machine with little memory can hold beside everything else."""
 
@@ -46,13 +48,13 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_byte
 
     names = [f"model-{index:05d}-of-{len(shards):05d}.safetensors" for index in range(1, len(shards) + 1)]
     if len(shards) == 1:
-        names = ["model.safetensors"]
+        names = [ONE_FILE]
     for index, name in enumerate(names):
         (folder / _unnumbered(index)).rename(folder / name)
     if len(shards) > 1:
         weight_map = {weight: name for name, weights in zip(names, shards, strict=True) for weight in weights}
         content = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
+        (folder / INDEX).write_text(json.dumps(content, indent=2), encoding="utf-8")
     return total_bytes
 
 

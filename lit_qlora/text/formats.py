@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 from lit_qlora.errors import UserError, excerpt, require
 from lit_qlora.text import edges
-from lit_qlora.text.conversation import HALF, Conversation, Turn, is_encodable
+from lit_qlora.text.conversation import HALF, Conversation, TextError, Turn, is_encodable
 
 TEMPLATES = Path(__file__).parent / "templates"
 LLAMA_2, OF_BASE = "llama2", "base"
@@ -91,7 +91,11 @@ class PromptFormat(ABC):
             ValueError: the format can't hold it, as where a turn holds one of `tags`.
         """
         if not conversation.is_text:
-            return self._written(self.completed(conversation))
+            whole = self.completed(conversation)
+            for number, text in enumerate([whole.system or "", *(turn.content for turn in whole.turns)]):
+                for tag in self.tags_in(text.strip()):  # templates write texts stripped
+                    raise TextError(number, f"holds {tag!r}, which could forge a turn or a system text")
+            return self._written(whole)
         said = Piece(conversation.turns[0].content, True, "stretch")
         return [*self._begin, said, Piece(self.spelled.eos, True, "token")]
 

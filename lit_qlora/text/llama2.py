@@ -9,7 +9,7 @@ import json
 from typing import Any
 
 from lit_qlora.errors import UserError
-from lit_qlora.text.conversation import Conversation, TextError, Turn
+from lit_qlora.text.conversation import Conversation, Turn
 from lit_qlora.text.formats import Piece, PromptFormat
 
 INST_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
@@ -140,14 +140,9 @@ def segments(conversation: Conversation) -> list[tuple[str, bool]]:
 
     Args:
         conversation: an open or an answered one.
-
-    Raises:
-        TextError: naming the tag, when a text holds one of `INST_TAGS`: it could forge a turn or a system text.
     """
-    _refuse_tags(0, conversation.system or "")
     written = []
     for index, turn in enumerate(conversation.turns):
-        _refuse_tags(index + 1, turn.content)
         content = turn.content
         if index == 0 and conversation.system:
             content = f"<<SYS>>\n{conversation.system}\n<</SYS>>\n\n{content}"
@@ -159,9 +154,3 @@ def segments(conversation: Conversation) -> list[tuple[str, bool]]:
 
 def _text(pieces: list[Piece]) -> str:
     return "".join(piece.text for piece in pieces).replace(" ", "")
-
-
-def _refuse_tags(turn: int, text: str) -> None:
-    for tag in INST_TAGS:
-        if tag in text:
-            raise TextError(turn, f"holds the tag {tag}, which could forge a turn or a system text")

@@ -19,7 +19,7 @@ import jinja2
 
 from lit_qlora.errors import UserError
 from lit_qlora.text import jinja
-from lit_qlora.text.conversation import Conversation, TextError, turn_name
+from lit_qlora.text.conversation import Conversation, turn_name
 from lit_qlora.text.formats import Piece, PromptFormat, built_in, names
 
 SHORTEST_TAG = 3
@@ -149,12 +149,9 @@ class Template(PromptFormat):
         An answer runs from the end of its prompt to `end_of_turn`.
 
         Raises ValueError when the template changes or loses what is said or an answer's end, or writes another
-        prompt than the one that training had; and when a turn holds one of `tags`.
+        prompt than the one that training had.
         """
         said = [(conversation.system or "").strip(), *(turn.content.strip() for turn in conversation.turns)]
-        for index, text in enumerate(said):
-            for tag in self.tags_in(text):
-                raise TextError(index, f"holds {tag!r}, which could forge a turn or a system text")
         return self._fill(said)
 
     @cached_property

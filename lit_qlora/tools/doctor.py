@@ -109,7 +109,7 @@ def examine(config: str | None, base: str | None, run: Path) -> Iterator[Finding
     try:
         check_whole()
         for one in ignore_launchers():
-            yield Finding("note", f"{one} in the environment is ignored: no launcher started several processes")
+            yield Finding("note", one)
     except UserError as error:
         yield Finding("problem", error.problem, error.remedy or "")
     yield from _guarded("packages", surroundings.packages())

@@ -144,7 +144,7 @@ BAD_FILES = {
     "git-LFS pointer": (
         "a.parquet",
         b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
-        "a.parquet: is a git-LFS pointer, not the data; run 'git lfs pull' where it was cloned",
+        "a.parquet: is a git-LFS pointer, not the file itself; run 'git lfs pull' where it was cloned",
     ),
     "csv quote": (
         "a.csv",
@@ -194,7 +194,7 @@ BAD_FILES = {
     "packed pointer": (
         "a.jsonl.gz",
         b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
-        "a.jsonl.gz: is a git-LFS pointer, not the data; run 'git lfs pull' where it was cloned",
+        "a.jsonl.gz: is a git-LFS pointer, not the file itself; run 'git lfs pull' where it was cloned",
     ),
     "packed emptiness": (
         "a.jsonl.gz",

@@ -17,10 +17,11 @@ from huggingface_hub import errors
 
 from lit_qlora.errors import UserError
 from lit_qlora.model.architectures import ARCHITECTURES
-from lit_qlora.model.base import INDEX, check_context, find_base, missing_bytes
+from lit_qlora.model.base import check_context, find_base, missing_bytes
 from lit_qlora.model.fingerprint import fingerprint
 from lit_qlora.model.load import load_base
 from lit_qlora.model.weights import check_weights
+from lit_qlora.storage.folders import INDEX
 
 CONFIG = {
     "model_type": "llama",

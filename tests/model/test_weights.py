@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from lit_qlora.errors import UserError
-from lit_qlora.model.base import INDEX, ONE_FILE, find_base, missing_bytes, weight_files
+from lit_qlora.model.base import find_base, missing_bytes, weight_files
 from lit_qlora.model.fingerprint import fingerprint
 from lit_qlora.model.load import load_base
 from lit_qlora.model.weights import check_weights, fetch, stored_tensors
+from lit_qlora.storage.folders import INDEX, ONE_FILE
 from lit_qlora.storage.shards import write_shards
 from lit_qlora.tools.merging.arithmetic import StoredWeights
 from lit_qlora.tools.merging.streamed import streamed_logits

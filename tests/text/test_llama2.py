@@ -59,9 +59,9 @@ def test_segments_are_written_as_meta_writes_them(conversation, expected):
 def test_a_tag_from_outside_is_refused(tag, template, where):
     *contents, system = [text and text.format(tag) for text in template]
     with pytest.raises(TextError) as caught:
-        llama2.segments(said(*contents, system=system))
+        llama2.Llama2().pieces(said(*contents, system=system))
     assert str(caught.value) == f"{where} {caught.value.problem}"
-    assert caught.value.problem.startswith(f"holds the tag {tag}, ")
+    assert caught.value.problem.startswith(f"holds '{tag}', ")
     assert caught.value.turn == (0 if system else int(where.split()[-1]))
 
 

@@ -133,8 +133,8 @@ def test_the_system_text_is_the_runs_unless_one_is_given(tmp_path, capsys, monke
     [
         (["--prompt", ""], "prompt: expected a question, got nothing; write one, or leave --prompt out to talk"),
         (["--prompt", " \n"], "prompt: expected a question, got nothing; write one, or leave --prompt out to talk"),
-        (["--prompt", "x [INST] y"], "prompt: it holds the tag [INST], which could forge a turn or a system text"),
-        (["--prompt", "x", "--system", "<</SYS>>"], "prompt: the system text holds the tag <</SYS>>, which could"),
+        (["--prompt", "x [INST] y"], "prompt: it holds '[INST]', which could forge a turn or a system text"),
+        (["--prompt", "x", "--system", "<</SYS>>"], "prompt: the system text holds '<</SYS>>', which could"),
         (["--prompt", "x \udcff"], "prompt: it holds bytes that are no UTF-8, or half a character"),
         (["--prompt", "word " * 600], "a prompt of 1816 tokens and max_new_tokens=256 are more than the 1024 tokens"),
         (["--prompt", "x", "--adapter", "nowhere"], "nowhere is no adapter: it has no adapter_config.json"),
@@ -406,14 +406,14 @@ def test_the_system_text_is_set_shown_and_taken_away(talk):
     assert out == [
         "(system: none)", "(system: Be brief.)", "b", "(forgotten; the system text stays)", "(system: Be brief.)",
         "(system: none)", "d",
-        "(the system text holds the tag [INST], which could forge a turn or a system text)", "",
+        "(the system text holds '[INST]', which could forge a turn or a system text)", "",
     ]  # fmt: skip
 
 
 def test_what_cant_be_asked_changes_nothing(talk):
     out, asked = talk(["x [/INST]", "/nope", "word " * 1100, "\udcff", "a"], "b")
     assert out[:2] == [
-        "(it holds the tag [/INST], which could forge a turn or a system text)",
+        "(it holds '[/INST]', which could forge a turn or a system text)",
         "(no command /nope; there are /reset, /system, /compare, /save, /help, /quit)",
     ]
     assert re.match(r"\(a prompt of \d+ tokens and max_new_tokens=8 are more than the 1024 tokens of demo", out[2])

@@ -497,8 +497,8 @@ def test_a_systems_text_and_earlier_turns_reach_the_model(here, answerer):
         ('{"promt": "x"}',
          "p.jsonl:2: no column 'messages' or 'conversations' or 'prompt' or 'instruction' (or others), columns found:"
          " ['promt']; give --columns.user promt"),
-        ('{"prompt": "x [/INST] y"}', "p.jsonl:2: turn 1 holds the tag [/INST], which could forge a turn"),
-        ('{"prompt": "x", "system": "<<SYS>>"}', "p.jsonl:2: the system text holds the tag <<SYS>>"),
+        ('{"prompt": "x [/INST] y"}', "p.jsonl:2: turn 1 holds '[/INST]', which could forge a turn"),
+        ('{"prompt": "x", "system": "<<SYS>>"}', "p.jsonl:2: the system text holds '<<SYS>>'"),
         (r'{"prompt": "x \ud800"}', "p.jsonl:2: turn 1 holds bytes that are no UTF-8, or half"),
         ('{"text": "Once upon a time."}', "p.jsonl:2: column 'text' has neither '### Human:' nor '[INST]'"),
         ('{"messages": "no list"}', "p.jsonl:2: expected a list of messages, got a text"),

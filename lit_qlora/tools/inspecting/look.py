@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lit_qlora.batch import Batch
 from lit_qlora.console import progress_bar
-from lit_qlora.data.batching import BatchPlan, sizes_of
+from lit_qlora.data.batching import BatchPlan, epoch_steps, sizes_of
 from lit_qlora.data.datamodule import ChatDataModule
 from lit_qlora.data.encode import CONTEXT_ONLY
 from lit_qlora.data.records import NOTHING_ANSWERED, NOTHING_LEARNED, LeftOut, Records, is_at, no_row
@@ -257,5 +257,5 @@ def _plans(data: ChatDataModule, lengths: Sequence[int]) -> list[BatchPlan]:
 def _batching(plan: BatchPlan, data: ChatDataModule, lengths: Sequence[int], accumulate: int) -> Batching:
     batches = plan.epoch(lengths, data.seed, 0)
     places = sum(sizes_of(batches, lengths, plan.packed))
-    steps = -(-len(batches) // accumulate)  # of all devices together
+    steps = epoch_steps(len(batches), accumulate)
     return Batching(plan, len(batches), steps, 1 - sum(lengths) / places, plan == data.plan)

@@ -6,6 +6,7 @@ Knows a forecast and the download still needed; nothing of options.
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from lit_qlora.data.batching import epoch_steps, run_steps
 from lit_qlora.forecast import memory, words
 from lit_qlora.forecast.advice import quickest, smallest_change
 from lit_qlora.forecast.foresee import Forecast
@@ -107,11 +108,9 @@ def _time_lines(plan: Plan) -> Iterator[str]:
         yield f"  no time predicted: the rates of a {forecast.card.name} are not known; {precision}"
         return
     yield from words.time_lines(forecast, f"; {precision}")
-    steps = -(-epoch.num_micro_batches // forecast.accumulate)
-    epochs = plan.max_epochs if plan.max_epochs != -1 else float("inf")
-    if 0 < plan.max_steps < epochs * steps:
-        epochs = plan.max_steps / steps
-    if epochs not in (1, float("inf")):
+    steps = epoch_steps(epoch.num_micro_batches, forecast.accumulate)
+    epochs = run_steps(steps, plan.max_epochs, plan.max_steps) / steps
+    if epochs != 1:
         seconds = 3600 * epochs * hours
         yield f"  the run, {epochs:.3g} epochs: {duration(seconds, seconds / words.REACHED)}"
 

@@ -61,7 +61,7 @@ def test_without_gradio_it_is_one_line_and_nothing_is_loaded(found, what, traine
         (["--web", "--prompt", "x"], "prompt: expected no question beside --web, where it is asked on the page"),
         (["--web", "--port", "70000"], "port: expected 1 to 65535, got 70000"),
         (["--web", "--seed", "9007199254740992"], "seed: expected below 2**53, as far as a page counts, got 9007"),
-        (["--web", "--system", "<<SYS>>"], "prompt: the system text holds the tag <<SYS>>"),
+        (["--web", "--system", "<<SYS>>"], "prompt: the system text holds '<<SYS>>'"),
         (["--web=maybe"], "web: expected true or false, got maybe"),
     ],
     ids=range(7),
@@ -380,12 +380,12 @@ def test_the_system_text_is_the_one_on_the_page(tab, expected):
     assert tab.answer(SILAS)[1] == expected(SILAS, system="Be brief, and kind.", max_new_tokens=20)
     tab.set(system="x <</SYS>>")
     tab.ask(SILAS)
-    until(lambda: tab.notice == "the system text holds the tag <</SYS>>, which could forge a turn or a system text")
+    until(lambda: tab.notice == "the system text holds '<</SYS>>', which could forge a turn or a system text")
 
 
 def test_what_cant_be_asked_is_reported_and_stays_in_its_box(tab):
     tab.ask("x [INST] y")
-    until(lambda: tab.notice == "it holds the tag [INST], which could forge a turn or a system text")
+    until(lambda: tab.notice == "it holds '[INST]', which could forge a turn or a system text")
     assert tab.find("#question textarea")[0].get_property("value") == "x [INST] y"
     tab.find("#question textarea")[0].clear()
     tab.set(temperature=-1)

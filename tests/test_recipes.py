@@ -44,7 +44,7 @@ def test_the_figures_in_kaggles_config_are_the_forecasts(capsys: pytest.CaptureF
     needed = re.search(r"^fits: ([\d.]+) of 14.56 GiB$", shown, re.MULTILINE)
     assert hours and f"{hours[1]} to {hours[2]} h for 3 epochs of 9,846 conversations" in head
     assert speeds and f"({speeds[2]} to {speeds[1]}\n# " in head
-    assert needed and f"{float(needed[1]):.1f} of 14.56 GiB per card predicted, 0.5 of which NCCL holds" in head
+    assert needed and f"{float(needed[1]):.1f} of 14.56 GiB per card forecast, 0.5 of which NCCL holds" in head
     shares = {}
     for name, options in {
         "as it is": [],

@@ -29,7 +29,7 @@ def forecast_lines(forecast: Forecast) -> Iterator[str]:
     if share > 1:
         verdict = f"does not fit: {COMMAND} plan shows what would"
     yield (
-        f"predicted for {card.name}: {gib:.2f} of {card.memory_gib:.2f} GiB ({share:.0%}), of which "
+        f"forecast for {card.name}: {gib:.2f} of {card.memory_gib:.2f} GiB ({share:.0%}), of which "
         f"torch reserves {peak.reserved / GIB:.2f}; {verdict}"
     )
     yield from memory_lines(forecast)

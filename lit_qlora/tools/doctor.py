@@ -226,7 +226,7 @@ def _choices(base: Any, options: Any, fit: list[str]) -> Iterator[Finding]:
 
     forecast = plan.PlanCLI.of(complete(["plan", *fit])).found.forecast
     found = verdict(forecast)
-    kept = f"checkpointing {options['model.checkpointing']} ({kept_words(forecast.step)}: predicted)"
+    kept = f"checkpointing {options['model.checkpointing']} ({kept_words(forecast.step)}: a forecast)"
     yield Finding("ok", f"chosen: {kept}")
     if found.fits:
         yield Finding("ok", found.words)

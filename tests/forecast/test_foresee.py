@@ -216,7 +216,7 @@ def test_on_a_card_memory_parts_host_and_time(parts, monkeypatch):
     monkeypatch.setattr(foresee, "current_card", lambda: DEFAULT)
     made = foresee.foresee(*parts)
     lines = list(words.forecast_lines(made))
-    assert lines[0].startswith("predicted for T4: 0.4") and lines[0].endswith("; fits")
+    assert lines[0].startswith("forecast for T4: 0.4") and lines[0].endswith("; fits")
     assert "of 14.56 GiB (3%), of which torch reserves 0.0" in lines[0]
     assert lines[1].startswith("memory at its highest: ")
     held = next(index for index, line in enumerate(lines) if "no layer recomputes its activations" in line)

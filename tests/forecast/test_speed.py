@@ -1,4 +1,4 @@
-"""The predicted time: the published model's figures again, and what each setting does to it."""
+"""The forecast of time: the published model's figures again, and what each setting does to it."""
 
 from dataclasses import replace
 

@@ -264,7 +264,7 @@ def test_other_cards(plan):
     assert plan("--config", T4, "--gpu", "h200")[-1] == "fits: 32.67 of 139.72 GiB"  # weights stay dequantised
     lines = plan("--config", T4, "--gpu-gib", "7.5")
     assert lines[-1] == "may fit, within 10% of the card: 6.97 of 7.50 GiB"
-    assert any("no time predicted: the rates of a card of 7.5 GiB" in line for line in lines)
+    assert any("no forecast of the time: the rates of a card of 7.5 GiB" in line for line in lines)
     assert plan("--config", T4, "--gpu", "a100", "--gpu-gib", "5")[-1].startswith("does not fit: 6.97 of 5.00 GiB")
 
 

@@ -52,7 +52,7 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     forecast = plan.forecast
     card = forecast.card.name
     assumed = ", assumed: give --gpu NAME for another" if plan.is_assumed else ""
-    yield f"{plan.base.name} in 4-bit, card: {card}{assumed}; all of this is predicted, and 1 GiB is 1024^3 bytes"
+    yield f"{plan.base.name} in 4-bit, card: {card}{assumed}; all of this is a forecast, and 1 GiB is 1024^3 bytes"
     for part in (words.memory_lines(forecast), _host_lines(plan), _time_lines(plan), _verdict_lines(forecast)):
         yield ""
         yield from part
@@ -105,7 +105,7 @@ def _time_lines(plan: Plan) -> Iterator[str]:
     )
     hours = forecast.hours
     if hours is None:
-        yield f"  no time predicted: the rates of a {forecast.card.name} are not known; {precision}"
+        yield f"  no forecast of the time: the rates of a {forecast.card.name} are not known; {precision}"
         return
     yield from words.time_lines(forecast, f"; {precision}")
     steps = epoch_steps(epoch.num_micro_batches, forecast.accumulate)

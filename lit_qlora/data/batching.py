@@ -39,6 +39,11 @@ class BatchPlan:
 
     With ``tokens``, ``rows`` is not used; a row longer than the budget is alone. With ``packed``, rows are concatenated
     without padding.
+
+    Args:
+        rows: number of rows per micro-batch, without ``tokens``.
+        tokens: most tokens of a micro-batch, padding counted; None: batches of ``rows``.
+        packed: True if a micro-batch is one row, without padding.
     """
 
     rows: int = 4

@@ -34,7 +34,15 @@ LAYOUT = 1
 
 @dataclass(frozen=True)
 class EncodedRows:
-    """Rows of ids and labels, on disk, and counts of what became of their conversations."""
+    """Rows of ids and labels, on disk, and counts of what became of their conversations.
+
+    Args:
+        examples: one `Example` per row, read from disk as it is used.
+        lengths: tokens of each row.
+        answer_tokens: learned tokens of each row.
+        num_cut: conversations cut at the largest length.
+        num_left_out: conversations of which no learned token would be left.
+    """
 
     examples: Any
     lengths: list[int]

@@ -29,7 +29,7 @@ PROMPT_PROBES = (
 
 
 def config_ids(encoder: Encoder) -> dict[str, Any]:
-    """The ids that begin, end and pad a text, as config.json and generation_config.json name them."""
+    """The ids that begin, end and pad a text of ``encoder``'s, as config.json and generation_config.json name them."""
     ends = encoder.stop_ids
     return {
         "bos_token_id": encoder.bos_id,
@@ -102,6 +102,6 @@ def check_template(folder: Path, encoder: Encoder, conversations: Sequence[Conve
 
 
 def messages(conversation: Conversation) -> list[dict[str, str]]:
-    """A conversation as the list of messages that a chat template takes."""
+    """A ``conversation`` as the list of messages that a chat template takes."""
     system = [] if conversation.system is None else [{"role": "system", "content": conversation.system}]
     return [*system, *({"role": turn.role, "content": turn.content} for turn in conversation.turns)]

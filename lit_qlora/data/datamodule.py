@@ -388,7 +388,9 @@ class ChatDataModule(LightningDataModule):
         return recorded.differences(RunRows.of(train, held_out, as_text(self.validation_source)))
 
     def rows(self, part: str) -> tuple[Records, EncodedRows]:
-        """What `setup` read and encoded: of ``train``, ``validation`` or ``test``. Raises UserError before that."""
+        """What `setup` read and encoded of a ``part``: ``train``, ``validation`` or ``test``. Raises UserError before
+        that.
+        """
         rows = self._encoded(part)
         return self._records[part], rows
 

@@ -38,7 +38,13 @@ CONVERSATIONS_PER_CALL = 512
 
 
 class Example(NamedTuple):
-    """Ids and labels of one conversation, of one length; see `lit_qlora.batch`."""
+    """Ids and labels of one conversation, of one length; see `lit_qlora.batch`.
+
+    Args:
+        input_ids: ids of the tokens, BOS first where there is one.
+        labels: the same ids where a token is learned, else `IGNORE_INDEX`.
+        was_cut: True if the conversation is longer than this.
+    """
 
     input_ids: list[int]
     labels: list[int]
@@ -46,7 +52,13 @@ class Example(NamedTuple):
 
 
 class Written(NamedTuple):
-    """A piece of a conversation, its ids, and whether its turn may be learned."""
+    """A piece of a conversation, its ids, and whether its turn may be learned.
+
+    Args:
+        piece: its text, and whether it is an answer's.
+        ids: its token ids.
+        learned: True if the loss may count its turn.
+    """
 
     piece: Piece
     ids: list[int]
@@ -54,12 +66,12 @@ class Written(NamedTuple):
 
 
 def is_text(written: Sequence[Written]) -> bool:
-    """True if it is a plain text, which has no prompt."""
+    """True if ``written`` is a plain text, which has no prompt."""
     return all(one.piece.is_answer or one.piece.kind == "token" for one in written)
 
 
 def joined_rows(rows: Sequence[Sequence[T]]) -> list[T]:
-    """What stands in the rows of one conversation, without the token that each further one repeats."""
+    """What stands in the ``rows`` of one conversation, without the token that each further one repeats."""
     return [value for number, row in enumerate(rows) for value in (row[1:] if number else row)]
 
 
@@ -141,7 +153,7 @@ class Encoder:
         return hashlib.sha256(repr(settings).encode()).hexdigest()
 
     def rows(self, written: Sequence[Written]) -> list[Example]:
-        """The rows of a conversation that is `written`: one, or none; of a plain text, as many as it takes.
+        """The rows of a conversation, ``written`` in pieces: one, or none; of a plain text, as many as it takes.
 
         A text that is longer than `max_length` is divided at tokens. Each further row begins with the last token of
         the one before it, which predicts the next, so that every token is learned once; see `joined_rows`.
@@ -178,7 +190,7 @@ class Encoder:
                 yield [Written(piece, next(ids), may) for piece, may in zip(pieces, learned, strict=True)]
 
     def example(self, written: Sequence[Written]) -> Example | None:
-        """The ids and labels of a conversation that is `written`; None if no answer token would be left."""
+        """The ids and labels of a conversation by its ``written`` pieces; None if no answer token would be left."""
         # A cut is between tokens inside a learned answer, else at the end of the turn before it: a question without its
         # answer teaches nothing. Nothing predicts the first token.
         size = end = 0
@@ -200,7 +212,7 @@ class Encoder:
         return Example(input_ids[:end], labels[:end], was_cut=end < size)
 
     def num_context_only(self, conversation: Conversation) -> int:
-        """Number of answers that the row would have learned, but that the prompt format writes otherwise than asked."""
+        """Number of answers to be learned in a ``conversation`` that the format writes otherwise than where it asks."""
         if conversation.is_text or not self.prompt_format.learns_last_only(conversation):
             return 0
         return sum(turn.learned for turn in conversation.turns[1:-1:2])
@@ -231,7 +243,7 @@ class Encoder:
         return [token for ids in self._ids(self.prompt_format.pieces(conversation)) for token in ids]
 
     def plain(self, text: str) -> list[int]:
-        """BOS, if there is one, and the ids of a text that stands in no chat format."""
+        """BOS, if there is one, and the ids of a ``text`` that stands in no chat format."""
         return [*([] if self.bos_id is None else [self.bos_id]), *self._encode([text])[0]]
 
     def decode(self, ids: Sequence[int]) -> str:

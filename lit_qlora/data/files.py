@@ -41,6 +41,11 @@ class Row(NamedTuple):
     """One row by column name, and its place: ``rows.jsonl:17`` or ``rows.parquet: row 17``.
 
     An unreadable row has a ``fault`` in place of its value.
+
+    Args:
+        where: file and line or row number.
+        value: cells by column name.
+        fault: why it can't be read; None for a readable one.
     """
 
     where: str
@@ -49,7 +54,7 @@ class Row(NamedTuple):
 
 
 def split_place(where: str) -> tuple[str, str]:
-    """The file and the number of a `Row`'s place; the number is empty where the place has none."""
+    """The file and the number of ``where`` a `Row` stands; the number is empty where the place has none."""
     found = re.fullmatch(r"(.*?):(?: row )?(\d+)", where, re.DOTALL)
     return (found[1], found[2]) if found else (where, "")
 
@@ -68,7 +73,7 @@ class SourceError(UserError):
 
 
 def kind_of(path: Path) -> tuple[str, str]:
-    """The format of a file of rows by its ending, and of `PACKED` what stands behind it.
+    """The format of the file of rows at ``path`` by its ending, and of `PACKED` what stands behind it.
 
     Raises:
         UserError: for another file.
@@ -310,7 +315,7 @@ def _is_list(part: object) -> TypeGuard[list[dict[str, Any]]]:
 
 
 def read_cells(path: Path) -> list[tuple[str, list[str]]]:
-    """The rows of a .csv, its first line included, each with its place; blank lines are left out.
+    """The rows of the .csv at ``path``, its first line included, each with its place; blank lines are left out.
 
     Raises SourceError when the file can't be read or is no CSV.
     """

@@ -241,7 +241,7 @@ token, which is taken off there."""
 
 
 def list_in(value: Any) -> Any:
-    """The list that a text is: as JSON, or as pandas and numpy write one into a .csv; all else as it is."""
+    """The list that a text ``value`` is: as JSON, or as pandas and numpy write one into a .csv; all else as it is."""
     if not isinstance(value, str):
         return value
     found = parse_list(value) or parse_list(_as_python_writes(value))

@@ -100,7 +100,7 @@ class Parts:
             self._check_draw(joined_name(undivided))
 
     def check_row(self, row: str) -> None:
-        """Raises UserError for a row that no part has, as `train_and_held_out` reads them; see `records.is_at`.
+        """Raises UserError for a ``row`` that no part has, as `train_and_held_out` reads them; see `records.is_at`.
 
         Passes what can't be judged before rows are loaded: the hub's, and large files.
         """
@@ -117,6 +117,9 @@ class Parts:
 
         A share is drawn by the seed only, of all sources that have no other held-out rows, and no conversation is on
         both sides. Of other held-out rows, those that are also in training are counted.
+
+        Returns:
+            Those to train on, and those to validate on.
 
         Raises:
             UserError: as `load_records`, when there is nothing to hold out, and when all of it is in training, too.
@@ -140,9 +143,9 @@ class Parts:
         return joined_sources(trains), joined_sources(held_out)
 
     def test(self, rows: RunRows | None = None) -> Records | None:
-        """Load the sources' own test splits; None where there is none, or where it is what is held out.
+        """The rows of the sources' own test splits; None where there is none, or where it is what is held out.
 
-        Those of its conversations that are in training, too, are counted, unless ``rows`` is there to show it.
+        Conversations of it that are in training, too, are counted, unless ``rows``, the record of a run, shows it.
 
         Raises:
             UserError: as `train_and_held_out`.
@@ -161,7 +164,7 @@ class Parts:
         return _apart(records, {*train.conversations}, train.name, "data.source", "test")
 
     def test_of(self, source: Any) -> Records:
-        """Load the rows of ``source`` that are there for a test: of its test split, or else what it has.
+        """The rows of ``source`` that are there for a test: of its test split, or else what it has.
 
         Raises:
             UserError: as `load_records`, or when it is the training data itself.
@@ -182,6 +185,9 @@ class Parts:
 
         Args:
             rows: that record; None without one.
+
+        Returns:
+            Those rows, and the number of recorded ones that are missing.
 
         Raises:
             UserError: as `recall` and `train_and_held_out`.

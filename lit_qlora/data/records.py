@@ -90,7 +90,12 @@ ANY_FORM = Reading()
 
 
 class LeftOut(NamedTuple):
-    """Where a row stands that no conversation was made of, and why."""
+    """Where a row stands that no conversation was made of, and why.
+
+    Args:
+        where: its place, such as ``rows.jsonl:17``.
+        reason: the error, in words.
+    """
 
     where: str
     reason: str
@@ -98,7 +103,9 @@ class LeftOut(NamedTuple):
 
 @dataclass(frozen=True)
 class Kept:
-    """A conversation that ends on an answer, where its row stands, such as ``rows.jsonl:17``, and its loss if any."""
+    """A ``conversation`` that ends on an answer, ``where`` its row stands, such as ``rows.jsonl:17``, and its loss if
+    any.
+    """
 
     conversation: Conversation
     where: str = field(default="", compare=False)
@@ -108,9 +115,14 @@ class Kept:
 
 @dataclass(frozen=True)
 class Records:
-    """The conversations of a source by its name, and what was left out or not used, in words, with numbers.
+    """The conversations of a source, and what was left out or not used.
 
-    ``left_out`` is the rows that no conversation was made of; ``parts`` is each source's own where there are several.
+    Args:
+        name: what the source is called in messages.
+        kept: the conversations, in the order of their rows.
+        dropped: number of rows by what was changed, left out or not used, in words.
+        left_out: rows that no conversation was made of.
+        parts: each source's own, where there are several; else empty.
     """
 
     name: str
@@ -131,7 +143,7 @@ class Records:
 
 
 def count_unanswered(kept: Iterable[Kept]) -> dict[str, int]:
-    """The count of conversations that lost a last turn, as `Records.dropped` has it; empty without any."""
+    """The count of conversations in ``kept`` that lost a last turn, as `Records.dropped` has it; empty without any."""
     count = sum(one.lost_turn for one in kept)
     return {UNANSWERED: count} if count else {}
 
@@ -309,7 +321,7 @@ def _is_misread(num_faults: int, num_rows: int, reading: Reading) -> bool:
 
 
 def joined_sources(parts: Sequence[Records]) -> Records:
-    """The conversations of several sources, in their order, with all that became of their rows."""
+    """The conversations of several sources, ``parts``, in their order, with all that became of their rows."""
     if len(parts) == 1:
         return parts[0]
     kept, left_out = ([one for part in parts for one in getattr(part, name)] for name in ("kept", "left_out"))
@@ -334,7 +346,7 @@ class Counts:
         self._rows: Counter[str] = Counter()
 
     def add(self, read: Read) -> None:
-        """Count how a row was changed, what was removed from it, and what of it is not used."""
+        """Count how a row that was ``read`` was changed, what was removed from it, and what of it is not used."""
         self.dropped.update(read.changed)
         for what, names in ((TAKEN_OFF, read.taken_off), (UNUSED, read.unused)):
             self._named[what].update(names)

@@ -86,6 +86,9 @@ def read_row(
         option: that names columns, for remedies; default: that of the ``use``.
 
     Raises RowError when it has no such columns, or what they hold is no conversation.
+
+    Returns:
+        The conversation, and what was changed or not used to make it.
     """
     known = forms_for(use, columns)
     forms = known if form == "auto" else [one for one in known if one.name == form]

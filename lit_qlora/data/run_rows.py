@@ -105,7 +105,7 @@ class RunRows:
 
 
 def turns_digest(conversation: Conversation) -> str:
-    """A conversation's digest: 64 bits of a hash of its system text and its turns."""
+    """Digest of a ``conversation``: 64 bits of a sha256 of its system text and its turns, in hexadecimal."""
     turns = [conversation.system, *((turn.role, turn.content) for turn in conversation.turns)]
     return sha256(json.dumps(turns).encode()).hexdigest()[:16]
 

@@ -74,7 +74,7 @@ class Source:
         return Source(path, self.name, self.split, self.revision)
 
     def called(self, split: str) -> str:
-        """What one of its splits is called in messages."""
+        """The name of one ``split`` of it in messages."""
         return f"{self} ({split})" if split != "train" else str(self)
 
 
@@ -118,12 +118,12 @@ def _is_json(value: Any) -> bool:
 
 
 def as_text(value: Any) -> str | None:
-    """The value of an option for sources as a text, which `sources_of` reads."""
+    """The ``value`` of an option for sources as a text, which `sources_of` reads."""
     return value if value is None or isinstance(value, str) else json.dumps(value)
 
 
 def paths_of(value: Any) -> list[str]:
-    """The paths of the sources that the value of an option stands for."""
+    """The paths of the sources that the ``value`` of an option stands for."""
     return [source.path for source in sources_of(value)]
 
 
@@ -175,7 +175,7 @@ def _share(value: Any, option: str) -> float:
 
 
 def find_splits(source: Source) -> Splits:
-    """Find the splits of a source; a file is all "train".
+    """Find the splits of a ``source``; a file is all "train".
 
     Raises:
         UserError: when the source isn't found, has not the split that it names, or the hub can't be asked.
@@ -228,9 +228,12 @@ def read_source(source: Source, split: str = "train", columns: Sequence[str] = (
     """Read the rows of one split, by its name there.
 
     Args:
-        source: that one.
+        source: a file, a folder, a pattern, or an id of the hub.
         split: the split's name.
         columns: names of columns, beside those of the known forms, that the first line of a .csv may have.
+
+    Returns:
+        The rows in order; one that can't be read has its fault in place of its values.
 
     Raises:
         UserError: when the source or the split isn't found, or a file can't be read.
@@ -274,7 +277,7 @@ def _find_files(source: Source) -> dict[str, list[Path]] | None:
 
 
 def matching(pattern: Path) -> list[Path]:
-    """The files and folders that a pattern names, in order; ``**`` stands for any folders between."""
+    """The files and folders that a ``pattern`` names, in order; ``**`` stands for any folders between."""
     return [Path(name) for name in sorted(glob.glob(str(pattern), recursive=True))]  # noqa: PTH207  # of any folder
 
 
@@ -316,7 +319,11 @@ def _refuse_name(folder: Path, name: str | None) -> NoReturn:
 
 
 def check_here(value: Any, option: str = "data.source") -> None:
-    """Raises UserError for a file or folder in the value of an ``option`` for sources that is not there, or no rows."""
+    """Check that what the ``value`` of an ``option`` for sources names here is there, and holds rows.
+
+    Raises:
+        UserError: for a file or folder that is not there, or no rows.
+    """
     for source in sources_of(value, option):
         if not source.is_on_hub:
             find_splits(source)
@@ -325,7 +332,7 @@ def check_here(value: Any, option: str = "data.source") -> None:
 
 
 def check_sources(options: Mapping[str, Any]) -> None:
-    """Raises UserError for the first source in the section ``data`` that is not there, or no rows.
+    """Raises UserError for the first source in the ``options`` of the section ``data`` that is not there, or no rows.
 
     A list of sources that is still a text is passed.
     """
@@ -336,7 +343,7 @@ def check_sources(options: Mapping[str, Any]) -> None:
 
 
 def are_here(value: Any) -> bool:
-    """True if each source in an option's value is local and there."""
+    """True if each source in an option's ``value`` is local and there."""
     try:
         check_here(value)
     except UserError:

@@ -128,7 +128,7 @@ def _bare(path: Path) -> str:
 
 
 def entries(folder: Path) -> list[Path]:
-    """The entries of a folder, by name; empty if it can't be read."""
+    """The entries of a ``folder``, by name; empty if it can't be read."""
     try:
         return sorted(folder.iterdir())
     except OSError:
@@ -136,7 +136,7 @@ def entries(folder: Path) -> list[Path]:
 
 
 def is_data(path: Path) -> bool:
-    """True for a file of rows, by its name."""
+    """True for a file of rows at ``path``, by its name."""
     return path.name.lower().endswith(FILES) and path.name not in NO_ROWS and path.is_file()
 
 
@@ -157,7 +157,7 @@ def kind_named(name: object) -> str | None:
 
 
 def names_by_kind(found: Sequence[str]) -> dict[str, str]:
-    """Of each kind in `SPLITS`, the split that is named so; of several, as the hub may have them, the plainest."""
+    """For each kind in `SPLITS`, the split in ``found`` that is named so; of several, as on the hub, the plainest."""
     return {
         kind: name for kind, known in SPLITS.items() for one in reversed(known) for name in found if name.lower() == one
     }
@@ -176,7 +176,7 @@ def names_beside(chosen: str, found: Sequence[str]) -> dict[str, str]:
 
 
 def by_names(paths: Sequence[Path]) -> dict[str, list[Path]]:
-    """Files of a pattern: each is training rows, if no name says that it is another split.
+    """The files of a pattern, ``paths``, by split: training rows, if no name says that it is another one.
 
     As in a folder, that is the file's whole name, or its folder's, or else a part of its name; where none is named for
     training, a part beside the name of another file.
@@ -199,7 +199,7 @@ def _whole_kind(path: Path) -> str | None:
 
 
 def note_of(files: Mapping[str, list[Path]]) -> str:
-    """What there is to know of a pattern's files: how many train, which of them look held-out, which part is not there.
+    """What to know of a pattern's ``files``: how many train, which of them look held-out, which part is not there.
 
     It may be meant so, unlike in a folder: a pattern can ask for some of the parts.
     """
@@ -213,7 +213,7 @@ def note_of(files: Mapping[str, list[Path]]) -> str:
 
 
 def in_folder(folder: Path) -> dict[str, list[Path]]:
-    """The files of a folder's splits, by the name of the split.
+    """The files of the splits in a ``folder``, by the name of the split.
 
     It may be as ``save_to_disk`` leaves one, or have a file for each split, or the parts of it, itself or in a folder
     ``data``; or a folder for each split; or files that have the split somewhere in their names; or a single file.
@@ -343,7 +343,7 @@ def beside(folder: Path, files: Mapping[str, list[Path]]) -> list[str]:
 
 
 def others_beside(path: Path) -> tuple[Path, ...]:
-    """Where a path, or the folder of its file, is named for training, what is named likewise for another split."""
+    """Where ``path``, or the folder of its file, is named for training, what is named likewise for another split."""
     for ours in (path, path.parent) if path.is_file() else (path,):
         own = _name_of(ours)
         if own.kind == "train" and ours.exists():

@@ -52,7 +52,7 @@ def read_template(value: str | None, base: str | None = None) -> str | None:
 
 
 def template_of_base(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """The chat template of a base by its tokenizer. Raises UserError where it has none."""
+    """The chat template of a base by its ``tokenizer``. Raises UserError where it has none."""
     text = template_beside(tokenizer)
     if not text:
         raise _no_template(tokenizer.name_or_path)
@@ -83,7 +83,7 @@ def _no_template(base: str) -> UserError:
 
 
 def instead_of(template: str) -> str:
-    """The remedy for a base's own template that can't be learned, as where it thinks and has no switch for that."""
+    """The remedy for a base's own ``template`` that can't be learned, as where it thinks and has no switch for that."""
     known = {LLAMA_2: chosen().chat_template()} | built_in()
     openers = [mark for mark in (*edges.OPENERS, *edges.TURN_OPENERS) if mark in template]
     alike = [name for name, source in known.items() if any(mark in source for mark in openers)]

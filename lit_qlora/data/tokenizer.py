@@ -108,7 +108,7 @@ def load_tokenizer(base: str) -> "PreTrainedTokenizerBase":
 
 
 def template_beside(tokenizer: "PreTrainedTokenizerBase") -> str | None:
-    """The chat template that came with a tokenizer; of several, the default one; None without any."""
+    """The chat template that came with a ``tokenizer``; of several, the default one; None without any."""
     found = tokenizer.chat_template
     return found.get("default") if isinstance(found, dict) else found
 
@@ -131,12 +131,12 @@ def file_of(location: str, name: str) -> Path | None:
 
 
 def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[int, str]:
-    """The tokens that a tokenizer calls special: how they are spelled, by their ids."""
+    """The tokens that a ``tokenizer`` calls special: how they are spelled, by their ids."""
     return {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 def stop_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """The ids that end an answer by the generation_config.json beside a tokenizer, as far as it has them.
+    """The ids that end an answer by the generation_config.json beside a ``tokenizer``, as far as it has them.
 
     Raises UserError where that file can't be read.
     """
@@ -253,7 +253,7 @@ def _is_as_meta(tokenizer: "PreTrainedTokenizerBase") -> bool:
 
 
 def is_byte_level(rules: Mapping[str, Any]) -> bool:
-    """True if a tokenizer.json splits bytes, as Qwen's, Llama 3's and SmolLM2's do; others write a space as U+2581."""
+    """True if ``rules``, a tokenizer.json, split bytes, as Qwen's, Llama 3's and SmolLM2's do; others write U+2581."""
     parts = rules.get("pre_tokenizer") or {}
     return any(part.get("type") == "ByteLevel" for part in (parts, *parts.get("pretokenizers", ())))
 

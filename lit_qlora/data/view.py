@@ -23,7 +23,14 @@ SHORT_AMONG = 100
 
 
 class Token(NamedTuple):
-    """One token of a row: its id, its text in printable characters, and what it is to the model."""
+    """One token of a row.
+
+    Args:
+        id: its number in the vocabulary.
+        text: its characters, escaped where a terminal would obey them.
+        learned: True if the loss counts it.
+        special: True if the tokenizer calls it special.
+    """
 
     id: int
     text: str
@@ -105,6 +112,6 @@ def _bytes(name: str) -> str:
 
 
 def stretches(row: Sequence[Token]) -> Iterator[tuple[bool, list[Token]]]:
-    """The tokens of a row, in runs that are learned or not."""
+    """The tokens of a ``row``, in runs that are learned or not."""
     for learned, run in groupby(row, lambda token: token.learned):
         yield learned, [*run]

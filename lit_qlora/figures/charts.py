@@ -44,7 +44,13 @@ Points = list[tuple[float, float]]
 
 
 class Chart(NamedTuple):
-    """A chart as SVG, what stands above it, and what it shows, for those who can't see it."""
+    """A chart for the report.
+
+    Args:
+        title: stands above it.
+        svg: the drawing, an ``<svg>`` element.
+        words: what it shows, for those who can't see it.
+    """
 
     title: str
     svg: str
@@ -167,7 +173,7 @@ def points(figures: FiguresByStep, name: str) -> Points:
 
 
 def smoothed(line: Points) -> Points:
-    """The moving average over the last twentieth of the points, fewer at the start; a few points are not smoothed."""
+    """The moving average of a ``line`` over the last twentieth of its points, fewer at the start; if few, unchanged."""
     width, values, result = len(line) // 20, [value for _, value in line], []
     for index, (step, value) in enumerate(line):
         last = values[max(0, index - width + 1) : index + 1] or [value]

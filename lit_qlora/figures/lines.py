@@ -150,14 +150,14 @@ def json_number(value: float) -> float | str:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a file one by one, without damaged or partly written ones."""
+    """The lines of the file at ``path`` one by one, without damaged or partly written ones."""
     if path.is_file():
         with path.open("rb") as file:
             yield from filter(None, map(_line, file))
 
 
 def damaged_lines(path: Path) -> list[int]:
-    """The numbers of the lines that `read_lines` leaves out, from 1 on."""
+    """The numbers of the lines at ``path`` that `read_lines` leaves out, from 1 on."""
     if not path.is_file():
         return []
     with path.open("rb") as file:

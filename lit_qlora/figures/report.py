@@ -57,7 +57,7 @@ def write_report(run: RunFolder) -> Path:
 
 
 def damage(run: RunFolder) -> Iterator[str]:
-    """What of a run's records can't be read, so that its page lacks it, in lines."""
+    """What of the records of ``run`` can't be read, so that its page lacks it, in lines."""
     for file in (run.metrics, run.samples):
         if numbers := damaged_lines(file):
             yield f"{file}: damaged lines ({len(numbers)}, from line {numbers[0]} on) are left out"
@@ -71,7 +71,7 @@ def damage(run: RunFolder) -> Iterator[str]:
 
 
 def report_page(run: RunFolder) -> str:
-    """The report as HTML."""
+    """The report of ``run`` as HTML."""
     figures, best = _figures(run.metrics), object_in(run.adapter / RESULT)
     step = best.get("step")
     step = step if type(step) is int and step in figures else max(figures, default=0)

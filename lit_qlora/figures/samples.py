@@ -26,7 +26,7 @@ MAX_NEW_TOKENS = "samples/max_new_tokens"
 
 
 class SampleAnswer(NamedTuple):
-    """An answer's text, and what cut it off: `CUT` or `CUT_BY_CONTEXT`; None if it ended with EOS."""
+    """An answer's ``text``, and ``cut_by``, what cut it off: `CUT` or `CUT_BY_CONTEXT`; None if it ended with EOS."""
 
     text: str
     cut_by: str | None
@@ -67,7 +67,7 @@ def samples_line(
 
 
 def table(line: Mapping[str, Any]) -> str | None:
-    """A `samples_line` in Markdown, base beside adapter; None without answers of an adapter."""
+    """A `samples_line`, ``line``, in Markdown, base beside adapter; None without answers of an adapter."""
     rows = [row for row in line.get("answers", ())[:ROWS_SHOWN] if "adapter" in row]
     if not rows:
         return None

@@ -60,7 +60,7 @@ _ASIDE = ".events.tmp"
 
 
 class Event(NamedTuple):
-    """A protocol buffer of TensorBoard, and the part of the run that it is shown in."""
+    """A protocol buffer of TensorBoard, ``content``, and the ``part`` of the run that it is shown in."""
 
     part: str
     content: Any

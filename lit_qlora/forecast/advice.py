@@ -28,7 +28,7 @@ GAIN = 0.03
 
 
 class Change(NamedTuple):
-    """Options as given on the command line, and the forecast with them."""
+    """Other ``options``, as given on the command line, and the ``forecast`` with them."""
 
     options: str
     forecast: Forecast
@@ -145,10 +145,13 @@ def _shared_on_host(forecast: Forecast) -> list[Forecast]:
 
 
 class Rung(NamedTuple):
-    """A kind of change, with its steps from smallest to largest.
+    """A kind of change, a rung on the ladder of advice.
 
-    ``always_less``: a further step never takes more memory. ``is_long``: there are many steps, each of which needs a
-    pass over an epoch's batches, so the first that fits is found by bisection.
+    Args:
+        steps: the forecasts with each of its changes, smallest first, from a forecast without.
+        always_less: True if a further step never takes more memory.
+        is_long: True if there are many, each with a pass over an epoch's batches: the first that fits is found by
+            bisection.
     """
 
     steps: Callable[[Forecast], list[Forecast]]
@@ -172,7 +175,7 @@ Fewer target modules are not among them: a rank of 4 on all takes as little memo
 
 
 def smallest_change(forecast: Forecast) -> Change | None:
-    """The smallest change that makes it fit, with `memory.RESERVE` left free if possible; None if nothing does.
+    """The smallest change that makes ``forecast`` fit, if possible with `memory.RESERVE` left free; None if none does.
 
     The base's layers come from the host's memory only where nothing else makes it fit.
     """

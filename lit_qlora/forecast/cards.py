@@ -14,7 +14,15 @@ from lit_qlora.errors import UserError, excerpt
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU. Rates are None if only its memory is known."""
+    """A GPU.
+
+    Args:
+        name: as in ``--card``.
+        memory_gib: memory in GiB, as torch sees it.
+        capability: compute capability, major and minor.
+        tflops: TFLOP/s that large products in 16 bits reach; None if unknown.
+        gb_per_s: GB/s that its memory reaches; None if unknown.
+    """
 
     name: str
     memory_gib: float

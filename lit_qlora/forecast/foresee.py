@@ -53,9 +53,12 @@ class Needs:
 
 @dataclass(frozen=True)
 class Rows:
-    """The training rows: tokens of each, the share of learned tokens, and the source of both figures.
+    """The training rows of a forecast.
 
-    ``known_by`` is None if they were counted.
+    Args:
+        lengths: tokens of each row.
+        answer_share: share of the tokens that is learned, from 0 to 1.
+        known_by: source of both figures, in words; None if they were counted.
     """
 
     lengths: tuple[int, ...]
@@ -64,13 +67,13 @@ class Rows:
 
     @classmethod
     def of(cls, data: Any) -> "Rows":
-        """Those of a `ChatDataModule` after ``setup("fit")``."""
+        """The rows of ``data``, a `ChatDataModule` after ``setup("fit")``."""
         _, encoded = data.rows("train")
         return cls(tuple(encoded.lengths), sum(encoded.answer_tokens) / sum(encoded.lengths))
 
 
 class Host(NamedTuple):
-    """What activations may take of the host: page-locked bytes, and the rate of copies in GB/s."""
+    """Memory of the host for activations: ``room_bytes``, page-locked, and ``gb_per_s``, the rate of copies in GB/s."""
 
     room_bytes: int
     gb_per_s: float
@@ -85,10 +88,14 @@ FORWARD_SHARE, BUS_SHARE = 1 / 3, 1 / 2
 
 
 class Batches(NamedTuple):
-    """The micro-batches of an epoch, of ``num_rows`` rows, and the largest of the run.
+    """The micro-batches of an epoch, and the largest of the run.
 
-    ``sizes`` are the tokens of each, padding counted; ``largest`` those of the largest. ``shapes`` counts those of each
-    shape, rows and tokens per row, with the padding for recorded kernels.
+    Args:
+        epoch: its tokens and micro-batches.
+        num_rows: rows of the epoch.
+        sizes: tokens of each micro-batch, padding counted.
+        largest: tokens of the largest micro-batch, padding counted.
+        shapes: number of micro-batches by shape, rows and tokens per row, with the padding for recorded kernels.
     """
 
     epoch: Epoch

@@ -48,9 +48,20 @@ MIN_8BIT, MIN_PAGED, BLOCK_8BIT = 4096, 100_000, 256
 class Step:
     """The settings that decide the memory of a training step.
 
-    ``tokens`` is the largest micro-batch with padding, ``scored_tokens`` the learned ones among them. ``kept_layers``
-    is the number of layers, the last ones, that keep the results of their products and of attention; the others keep
-    their input only. The layers are those of `model.decoder`; transformers' own, as with DoRA, take more.
+    The layers are those of `model.decoder`; transformers' own, as with DoRA, take more.
+
+    Args:
+        shape: of the base.
+        tokens: tokens of the largest micro-batch, with padding.
+        scored_tokens: number of learned tokens among them.
+        rank: LoRA's rank on all ``targets``, unless there are ``ranks``.
+        targets: names of the linear layers that have LoRA.
+        optimizer: name in `model.optimizer.OPTIMIZERS`.
+        kept_layers: number of layers, the last ones, that keep the results of their products and of attention; the
+            others keep their input only.
+        accumulates: True if a step has several micro-batches, so that gradients of earlier ones are there.
+        workspace: bytes of cuBLAS's scratch.
+        loss_rows: most learned tokens whose logits are computed at once.
     """
 
     shape: Shape
@@ -120,7 +131,7 @@ def _part(words: str) -> Any:
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes on the card at one moment of a step, by purpose."""
+    """Bytes on the card at one ``moment`` of a step, by purpose."""
 
     moment: str
     weights: int = _part("base: linear layers in 4 bits, the rest in 16")
@@ -168,13 +179,12 @@ MEMORY_PARTS = {part.name: part.metadata["words"] for part in fields(StepMemory)
 
 
 def share_bytes(step: Step) -> int:
-    """Bytes of the base's layers that each process keeps, on its card or on the host."""
+    """Bytes of the base's layers that each process keeps for a ``step``, on its card or on the host."""
     return step.shape.num_layers * math.ceil(step.shape.layer_bytes / max(step.sharers, 1))
 
 
 def fetched_bytes(step: Step) -> int:
-    """Bytes that come to each card in a pass through a shared base, of the micro-batches that go together: all layers
-    forward and backward, but for those that are there."""
+    """Bytes of a shared base that come to each card per pass of a ``step``: layers not there, forward and backward."""
     if not step.sharers:
         return 0
     coming = 1.0 if step.shares_on_host else 1 - 1 / step.sharers
@@ -182,7 +192,7 @@ def fetched_bytes(step: Step) -> int:
 
 
 def base_on_host_bytes(step: Step) -> int:
-    """Page-locked memory of the hosts, of all processes together, for the shares of a base."""
+    """Page-locked bytes of the hosts, of all processes together, for the shares of a base in a ``step``."""
     return step.sharers * share_bytes(step) if step.shares_on_host else 0
 
 
@@ -215,7 +225,9 @@ def optimizer_bytes(name: str, tensors: list[int]) -> tuple[int, int]:
 
 
 def kept_in_layer(step: Step) -> int:
-    """Bytes per token that a layer keeps beyond its input: 10 h + 4 I values, and what lies between LoRA's A and B."""
+    """Bytes per token of a ``step`` that a layer keeps beyond its input: 10 h + 4 I values, and those between LoRA's A
+    and B.
+    """
     return sum(_kept_tensors(step))
 
 
@@ -235,12 +247,12 @@ def _kept_tensors(step: Step) -> list[int]:
 
 
 def hosted_in_layer(step: Step) -> int:
-    """Bytes per token that a layer sends to the host: the residual in the middle, gate and up."""
+    """Bytes per token of a ``step`` that a layer sends to the host: the residual in the middle, gate and up."""
     return step.element * (step.shape.hidden + 2 * step.shape.linears["gate_proj"][1])
 
 
 def host_bytes(step: Step) -> int:
-    """Page-locked memory of the host, for what the largest micro-batch sends there."""
+    """Page-locked bytes of the host, for what the largest micro-batch of a ``step`` sends there."""
     return step.together * step.tokens * step.hosted_layers * hosted_in_layer(step)
 
 
@@ -264,12 +276,14 @@ def small_blocks(step: Step) -> int:
 
 
 def swiglu_backward_peak(step: Step) -> int:
-    """A layer's peak in backward, beyond what it keeps: the residual's gradient and four of SwiGLU's."""
+    """Bytes per token of a layer's peak in backward, beyond what a ``step`` keeps: the residual's gradient, four of
+    SwiGLU's.
+    """
     return step.element * (step.shape.hidden + 4 * step.shape.linears["gate_proj"][1])
 
 
 def kept_activations(step: Step) -> int:
-    """Bytes per token on the card, of all layers, once forward is through; with those that come or go."""
+    """Bytes per token of a ``step`` on the card, of all layers, once forward is through; with those that come or go."""
     layers = step.shape.num_layers
     away = (
         step.hosted_layers - max(0, IN_TRANSIT - (step.kept_layers - step.hosted_layers)) if step.hosted_layers else 0
@@ -282,7 +296,9 @@ def kept_activations(step: Step) -> int:
 
 
 def loss_bytes(step: Step) -> int:
-    """Bytes of the last norm and the chunked cross entropy, in its last chunk, whose logits are in 16 bits and fp32."""
+    """Bytes of the last norm and the chunked cross entropy of a ``step``, in its last chunk: logits in 16 bits and
+    fp32.
+    """
     hidden, rows = step.shape.hidden, min(step.scored_tokens, step.loss_rows)
     copies = 4 if step.element == 4 else 4 + step.element
     logits = rows * step.shape.vocabulary * copies
@@ -395,9 +411,14 @@ def _with_recordings(step: Step, once: list[StepMemory]) -> list[StepMemory]:
 
 @dataclass(frozen=True)
 class Samples:
-    """Sample answers: prompts, tokens of the longest, and new tokens of each.
+    """Sample answers, all written at once.
 
-    ``are_own``: the prompts are the user's; ``are_assumed``: their tokens are not counted.
+    Args:
+        num_prompts: number of prompts.
+        prompt_tokens: tokens of the longest prompt.
+        new_tokens: most new tokens of each answer.
+        are_own: True if the prompts are the user's.
+        are_assumed: True if ``prompt_tokens`` is not counted.
     """
 
     num_prompts: int
@@ -439,7 +460,7 @@ def sampling_memory(step: Step, samples: Samples, found: list[StepMemory]) -> St
 
 
 def scoring_memory(step: Step) -> StepMemory:
-    """Bytes while a micro-batch is scored, and nothing is trained: no gradient, no optimizer, one layer's forward."""
+    """Bytes while the micro-batch of a ``step`` is scored and nothing trained: one layer's forward, no gradients."""
     forward = _forward(step, step.tokens, moments(step))
     return replace(forward, moment="scoring", optimizer=0, gradients=0, loss=loss_bytes(step))
 

@@ -26,7 +26,14 @@ bitsandbytes reached half of that bandwidth, where one kernel does now. 0.7 was 
 
 @dataclass(frozen=True)
 class Epoch:
-    """An epoch: tokens without and with padding, micro-batches, and the length of the mean token's row."""
+    """An epoch of training.
+
+    Args:
+        tokens: number without padding.
+        padded_tokens: number with padding.
+        num_micro_batches: number of micro-batches.
+        row_tokens: mean over the tokens of their row's length.
+    """
 
     tokens: int
     padded_tokens: int

@@ -22,7 +22,9 @@ REACHED = 0.7
 
 
 def forecast_lines(forecast: Forecast) -> Iterator[str]:
-    """The lines that a fit reports before it starts: memory against the card, part by part, the host and the time."""
+    """The lines of a ``forecast`` that a fit prints first: memory against the card, part by part, the host and the
+    time.
+    """
     card, peak, gib = forecast.card, forecast.peak, forecast.needed_gib
     share = gib / card.memory_gib
     verdict = "may fit" if forecast.is_slow else "fits"
@@ -38,7 +40,7 @@ def forecast_lines(forecast: Forecast) -> Iterator[str]:
 
 
 def memory_lines(forecast: Forecast) -> Iterator[str]:
-    """A table of the moment with the most memory, part by part, against the card; its causes, and the other moments."""
+    """A table of the moment of a ``forecast`` with the most memory, part by part; its causes, and the other moments."""
     step, peak, card, samples = forecast.step, forecast.peak, forecast.card, forecast.samples_at_once
     unit = GIB if peak.total >= GIB else 1024**2
     yield f"{f'memory at its highest: {peak.moment}':<52}{'GiB' if unit == GIB else 'MiB':>8}"
@@ -68,7 +70,7 @@ def memory_lines(forecast: Forecast) -> Iterator[str]:
 
 
 def shared_lines(forecast: Forecast) -> Iterator[str]:
-    """How a shared base is kept, and what comes to each card."""
+    """How the shared base of a ``forecast`` is kept, and what comes to each card."""
     step = forecast.step
     of = f"each card keeps 1/{step.sharers} of the base's layers" if step.sharers > 1 else "the base's layers are kept"
     where = " in the host's memory" if step.shares_on_host else ""
@@ -153,7 +155,7 @@ def table_line(what: str, size: float, unit: int = GIB) -> str:
 
 
 def kept_words(step: Step) -> str:
-    """Which layers recompute their activations or send some to the host, and what else saves time."""
+    """Which layers recompute their activations or send some to the host in a ``step``, and what else saves time."""
     layers = step.shape.num_layers
     graphs = "; kernels are recorded (CUDA graphs)" if step.uses_cuda_graphs else ""
     graphs += f"; {step.hosted_layers} send some to the host" if step.hosted_layers else ""

@@ -53,9 +53,12 @@ def mend_adapter(run: RunFolder, mirrored: Path | None = None, *, is_needed: boo
     run, only a copy of its best is accepted.
 
     Args:
-        run: whose.
+        run: the run, which has an adapter.
         mirrored: another place that may hold a copy.
         is_needed: True to raise UserError, and move nothing, if no intact copy is left.
+
+    Raises:
+        UserError: if ``is_needed``, and no intact copy is left.
     """
     try:
         _verify_adapter(run.adapter)

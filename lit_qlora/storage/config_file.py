@@ -42,14 +42,14 @@ class NoReferences(yaml.SafeLoader):
 
 
 def problem_of(error: yaml.YAMLError) -> str:
-    """What is wrong with a text that is no YAML, in PyYAML's words without its places."""
+    """What is wrong with a text that is no YAML, by PyYAML's ``error``, in its words without its places."""
     if isinstance(error, yaml.reader.ReaderError):
         return f"unacceptable character #x{error.character:04x}"
     return one_line(getattr(error, "problem", None) or error)
 
 
 def read_options(config: Path) -> dict[str, Any]:
-    """The options of a run's configuration file by their dotted names, nested in the file or not.
+    """The options of a run's configuration file, ``config``, by their dotted names, nested in the file or not.
 
     Raises ValueError for a damaged file.
     """
@@ -69,7 +69,7 @@ def read_options(config: Path) -> dict[str, Any]:
 
 
 def as_yaml(config: Mapping[str, Any]) -> str:
-    """A configuration as YAML text, in its own order."""
+    """A configuration, ``config``, as YAML text, in its own order."""
     return yaml.dump(config, Dumper=_Readable, sort_keys=False, allow_unicode=True)
 
 
@@ -94,7 +94,11 @@ def flat(config: Mapping[Any, Any], section: str = "") -> dict[str, Any]:
 
 
 def as_sections(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `flat`. Raises ValueError for a name that is both a section and an option."""
+    """Nested ``options`` from dotted ones: the inverse of `flat`.
+
+    Raises:
+        ValueError: for a name that is both a section and an option.
+    """
     config: dict[str, Any] = {}
     for name, value in options.items():
         *sections, last = name.split(".")

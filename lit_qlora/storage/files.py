@@ -28,7 +28,7 @@ _UNKNOWN_HERE = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, er
 
 
 def size(num_bytes: float) -> str:
-    """A readable number of bytes, in GB, MB or kB."""
+    """``num_bytes`` in words, in GB, MB or kB, of 1000 each."""
     unit, name = next((pair for pair in ((1e9, "GB"), (1e6, "MB")) if num_bytes >= pair[0]), (1e3, "kB"))
     return f"{num_bytes / unit:,.1f} {name}"
 
@@ -61,7 +61,7 @@ def output_path(output: str, what: str = "file", option: str = "output") -> Path
 
 
 def page_path(page: str) -> Path:
-    """The path of the page that the option ``html`` names.
+    """The path of the ``page`` that the option ``html`` names.
 
     Raises UserError as `output_path`, and where its folder is missing.
     """
@@ -200,7 +200,7 @@ def parse_json(text: str | bytes, **options: Any) -> Any:
 
 
 def parse_list(text: str) -> list[Any] | None:
-    """The list that a text spells, as JSON or as Python writes one; None for any other text."""
+    """The list that a ``text`` spells, as JSON or as Python writes one; None for any other text."""
     for read in (parse_json, ast.literal_eval):
         # Of a backslash without a meaning, Python warns.
         with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError), catch_warnings(action="ignore"):
@@ -215,7 +215,7 @@ _OPEN_STRING = re.compile(r'"(?:[^"\\]|\\.)*\\?', re.DOTALL)
 
 
 def unreadable(error: Exception) -> str:
-    """The reason why a file can't be read, in words: Python's own name its types, positions and limits."""
+    """The reason why a file can't be read, from the ``error``: Python's own words name types, positions and limits."""
     match error:
         case UnicodeDecodeError():
             reason = f"it is not UTF-8 (byte {error.start:,})"
@@ -238,7 +238,7 @@ def unreadable(error: Exception) -> str:
 
 
 def sync_file(path: Path) -> None:
-    """Sync a file to the disk and make it readable for others: safetensors creates it with mode 0600."""
+    """Sync the file at ``path`` to the disk and make it readable for others: safetensors creates it with mode 0600."""
     with _if_supported():
         path.chmod(0o644)
     with path.open("r+b") as file:  # Windows syncs only what may be written
@@ -246,7 +246,7 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Sync a folder's entries to the disk, where the file system can."""
+    """Sync the entries of the folder at ``path`` to the disk, where the file system can."""
     if os.name == "nt":  # which can't open a folder
         return
     with _if_supported():

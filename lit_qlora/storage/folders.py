@@ -146,13 +146,13 @@ def verify_folder(path: Path) -> dict[str, int]:
 
 
 def read_seal(path: Path) -> bytes | None:
-    """The bytes of a folder's manifest, equal for equal files; None without a manifest."""
+    """The bytes of the manifest of the folder at ``path``, equal for equal files; None without a manifest."""
     manifest = path / MANIFEST
     return manifest.read_bytes() if manifest.is_file() else None
 
 
 def remove_folder(path: Path) -> None:
-    """Delete a folder, or a file in its place, so that a kill never leaves a partial one under its name.
+    """Delete the folder or file at ``path`` so that a kill never leaves a partial one under its name.
 
     Raises:
         FileNotFoundError: there is none.
@@ -166,7 +166,7 @@ def remove_folder(path: Path) -> None:
 
 
 def recover(target: Path) -> None:
-    """Finish or undo a `write_folder(target, …)` that was killed.
+    """Finish or undo a `write_folder` of ``target`` that was killed.
 
     An intact target stays. Otherwise the newest intact temporary folder becomes the target, or else the replaced one.
     If none is intact, no finished folder is touched.

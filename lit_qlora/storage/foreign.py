@@ -19,7 +19,7 @@ ANEW = "put another copy of it there"
 
 
 class Kind(NamedTuple):
-    """A kind of value, in words and as a check."""
+    """A kind of value: in words, what is ``expected``, and as a check, what it ``holds``."""
 
     expected: str
     holds: Callable[[Any], bool]
@@ -84,7 +84,11 @@ def object_in(file: Path) -> dict[str, Any]:
 
 
 def chat_template_in(folder: Path) -> str | None:
-    """The chat template of the tokenizer that a base or an adapter has in its folder; None without any."""
+    """The chat template of the tokenizer in the ``folder`` of a base or an adapter; None without any.
+
+    Raises:
+        UserError: a file that should hold it can't be read.
+    """
     alone, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     try:
         if alone.is_file():
@@ -128,7 +132,7 @@ def wrong(place: str, key: str, expected: str, value: Any) -> UserError:
 
 
 def shown(value: Any) -> str:
-    """A value as JSON, shortened for a message."""
+    """A ``value`` as JSON, shortened for a message."""
     try:
         return cut(json.dumps(value))
     except RecursionError:  # as deep as could just be read

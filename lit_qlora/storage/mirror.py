@@ -67,6 +67,10 @@ class Mirror:
         A new copy that can't be started is an error: nothing is trained yet, and the user can make room. Later
         failures, and those of an existing copy, are reported and retried.
 
+        Args:
+            config: options of this start by dotted name, compared with the copy's.
+            are_same_rows: True for a record of rows, the copy's, that names the conversations of this start.
+
         Raises:
             UserError: it can't be written, belongs to another run, or holds only damaged checkpoints while this machine
                 has none either.
@@ -268,7 +272,7 @@ def _wrong(problem: str, remedy: str | None = None) -> UserError:
 
 
 def check_no_file(folder: Path) -> None:
-    """Raises UserError if what is to be the folder of copies is a file."""
+    """Raises UserError if the ``folder`` of copies, which need not exist yet, is a file."""
     if folder.exists() and not folder.is_dir():
         raise _wrong(f"{folder} is a file", "give a folder, which need not exist yet")
 

@@ -226,7 +226,7 @@ class RunFolder:
                 self.path.rmdir()
 
     def checkpoint(self, step: int) -> Path:
-        """The checkpoint folder of an optimizer step."""
+        """The checkpoint folder of the optimizer ``step``, counted from 1."""
         return self.checkpoints / f"{STEP}{step:08d}"
 
     def saved_steps(self) -> list[int]:
@@ -335,7 +335,12 @@ class RunFolder:
         return f"put a copy of it back, or {again}: the run resumes, for its checkpoints hold what identifies it"
 
     def write_config(self, text: str) -> Path:
-        """Keep a start's configuration: the first as config.yaml, later ones that differ beside it, numbered."""
+        """Keep a start's configuration, the YAML ``text``: first as config.yaml, later ones that differ numbered beside
+        it.
+
+        Returns:
+            The file that holds it, new or as it was.
+        """
         for path in chain([self.config], (self.path / f"config.{number}.yaml" for number in count(2))):
             if not path.exists():
                 break

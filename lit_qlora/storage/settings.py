@@ -65,7 +65,13 @@ LONGEST_SHOWN = 200
 
 
 class ChangedSetting(NamedTuple):
-    """A changed setting, by its dotted name; ``name: old -> new`` as text."""
+    """A changed setting; ``name: old -> new`` as text.
+
+    Args:
+        name: the option's dotted name.
+        old: its value as the run began, in words.
+        new: its value now, in words.
+    """
 
     name: str
     old: str

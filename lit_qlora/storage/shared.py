@@ -67,7 +67,7 @@ class Held:
 
 
 def remove_unused(folder: Path) -> bool:
-    """Remove a folder unless it is, or may be, in use; without a manifest nobody can use it. True if it is gone."""
+    """Remove a ``folder`` unless it is, or may be, in use; without a manifest nobody can use it. True if it is gone."""
 
     def is_unused(manifest: Path) -> bool:
         if os.name == "nt" or not manifest.is_file():  # Windows renames no folder of which a process has a file open

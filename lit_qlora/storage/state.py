@@ -60,8 +60,11 @@ def load_state(folder: Path, with_tensors: bool = True) -> dict[Any, Any]:
     """Read what `save_state` wrote; the tensors are on the CPU and independent of the files.
 
     Args:
-        folder: a checkpoint's.
+        folder: of a checkpoint.
         with_tensors: False to have None for each tensor: they are most of the bytes.
+
+    Returns:
+        The state, as nested as it was.
 
     Raises:
         DamagedFolderError: a file is missing or holds anything that `save_state` does not write.
@@ -85,7 +88,7 @@ def load_state(folder: Path, with_tensors: bool = True) -> dict[Any, Any]:
 
 
 def check_tensors(folder: Path) -> None:
-    """Verify that the tensor file holds the tensors named by the state, without reading them.
+    """Verify that the tensor file in ``folder`` holds the tensors named by the state, without reading them.
 
     Raises:
         DamagedFolderError: it holds others, or is not readable.
@@ -102,7 +105,7 @@ def check_tensors(folder: Path) -> None:
 
 
 def num_bytes(state: Any) -> int:
-    """Bytes that the tensors of a nested state will take on disk."""
+    """Bytes that the tensors of a nested ``state`` will take on disk."""
     if isinstance(state, torch.Tensor):
         return state.numel() * state.element_size()
     if isinstance(state, dict | list | tuple):

@@ -27,7 +27,7 @@ class TextError(ValueError):
 
 
 def turn_name(turn: int) -> str:
-    """The name of a turn by its number, from 1 on; 0 is the system text."""
+    """The name of the turn of number ``turn``, from 1 on; 0 is the system text."""
     return f"turn {turn}" if turn else "the system text"
 
 
@@ -62,7 +62,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Turns that alternate, the user first; an optional system text that stands above them all.
+    """``turns`` that alternate, the user first; an optional ``system`` text that stands above them all.
 
     A conversation that ends on the user's turn is an open prompt; one that ends on the
     assistant's is answered, and can be trained on. So can a plain text, which is a single turn of the role ``text``.

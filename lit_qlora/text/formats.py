@@ -25,6 +25,11 @@ class Piece(NamedTuple):
 
     A ``stretch`` opens the text, or follows a token; a ``rest`` continues in mid-text, and gets no space before its
     first word; a ``token`` is a special token's spelling, and becomes its id.
+
+    Args:
+        text: its characters, or the spelling of a special token.
+        is_answer: True for what the model writes in use, its EOS included.
+        kind: as above.
     """
 
     text: str
@@ -37,7 +42,13 @@ SHORTEST_MARK = 3
 
 
 class SpecialTokens(NamedTuple):
-    """How a tokenizer spells BOS, which is empty where it has none, EOS, and all of its special tokens."""
+    """How a tokenizer spells BOS, which is empty where it has none, EOS, and all of its special tokens.
+
+    Args:
+        bos: spelling of BOS; empty without one.
+        eos: spelling of EOS.
+        all: spellings of all special tokens, BOS and EOS among them.
+    """
 
     bos: str = "<s>"
     eos: str = "</s>"
@@ -73,7 +84,7 @@ class PromptFormat(ABC):
     """True if its text after a special token may start with a space."""
 
     def of(self, tokens: SpecialTokens) -> Self:
-        """The same with the special tokens of a tokenizer."""
+        """The same with the special ``tokens`` of a tokenizer."""
         return replace(self, tokens=tokens)
 
     @property
@@ -147,7 +158,7 @@ class PromptFormat(ABC):
         return tuple(sorted({*edges.WRITTEN_OUT, *self.own_marks, *special}, key=lambda mark: (-len(mark), mark)))
 
     def writes(self, token: str) -> bool:
-        """True if it may write a special token, so that the model has to know it."""
+        """True if it may write a special ``token``, so that the model has to know it."""
         return token in self.spelled.ends
 
     def wrong(self, name: str, problem: object) -> UserError:

@@ -27,6 +27,9 @@ def parse(text: str) -> list[dict[str, str | None]]:
     Args:
         text: all of the row.
 
+    Returns:
+        Messages of a role and a content, in order; the system text comes first, and is empty without one.
+
     Raises:
         ValueError: when there is no marker, or another one such as ``### User:`` stands before the assistant's.
     """

@@ -37,6 +37,9 @@ def parse(text: str) -> list[dict[str, str]]:
     Args:
         text: all of the row.
 
+    Returns:
+        Messages of a role and a content, in order.
+
     Raises:
         ValueError: when there is no prompt, text stands before the first one, or a tag is unpaired.
     """

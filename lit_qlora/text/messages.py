@@ -93,7 +93,7 @@ class _Message(NamedTuple):
 
 
 def is_there(value: object) -> bool:
-    """True unless a value is null, NaN, blank, or a container of only such."""
+    """True unless ``value`` is null, NaN, blank, or a container of only such."""
     if isinstance(value, dict):
         return any(map(is_there, value.values()))
     if isinstance(value, list | tuple):
@@ -142,6 +142,9 @@ def parse(rows: Any, opening: str | None = None, marks: Sequence[str] = ()) -> R
         opening: what the user is taken to have said where the assistant begins; None leaves out what the assistant
             says before the user.
         marks: special tokens, which are taken off the edges of each text before it is joined with others.
+
+    Returns:
+        The conversation, and what was changed or not used to make it.
 
     Raises:
         OpeningError: nobody but the assistant speaks, and there is no ``opening``.

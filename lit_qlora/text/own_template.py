@@ -77,7 +77,9 @@ _GIVEN = {
 
 @dataclass(frozen=True, kw_only=True)
 class Template(PromptFormat):
-    """A chat template; it sees messages, bos_token, eos_token, add_generation_prompt and raise_exception.
+    """A chat template, the Jinja text ``source``.
+
+    It sees messages, bos_token, eos_token, add_generation_prompt and raise_exception.
 
     Raises UserError for what is no Jinja.
     """

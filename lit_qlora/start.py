@@ -24,7 +24,7 @@ from lit_qlora.model.lora_config import require_adapter
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.storage import settings
 from lit_qlora.storage.adapter import is_adapter, mend_adapter, require_trained
-from lit_qlora.storage.checkpoint_io import RUN, check_checkpoint
+from lit_qlora.storage.checkpoint_io import check_checkpoint, run_record
 from lit_qlora.storage.config_file import as_yaml
 from lit_qlora.storage.files import require_room
 from lit_qlora.storage.run import RunFolder, folder_to_score
@@ -168,7 +168,7 @@ def _first_settings(run: RunFolder) -> dict[str, Any] | None:
 def _record(run: RunFolder) -> dict[str, Any]:
     """The record of the run in its newest intact checkpoint; empty without one."""
     folder, _ = run.last_checkpoint(check_checkpoint)
-    return dict(load_state(folder, with_tensors=False)[RUN]) if folder else {}
+    return run_record(load_state(folder, with_tensors=False), folder) if folder else {}
 
 
 def lengths(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -254,7 +254,7 @@ def check_score_settings(run: RunFolder, config: Mapping[str, Any]) -> None:
     first = _first_settings(run)
     if first is None:
         return
-    was, adapter = (one["model"].get("adapter") for one in (first, config))
+    was, adapter = (one.get("model", {}).get("adapter") for one in (first, config))
     if adapter != was:
         raise UserError(
             f"expected that of the run's training ({was}), got {adapter}",

@@ -284,15 +284,17 @@ def test_a_resealed_checkpoint_that_lacks_a_part_is_gone_behind(
     assert load_state(folder, with_tensors=False)["run"]["steps"] == 4
 
 
-@pytest.mark.parametrize("part", ["prompt_format", "adapter"])
+@pytest.mark.parametrize("part", ["prompt_format", "precision"])
 def test_a_resealed_checkpoint_whose_record_lacks_a_part_is_refused(
     part: str, run: Path, expect_error: ExpectError
 ) -> None:
     folder = run / "checkpoints/step-00000004"
-    (run / "finished.json").unlink()
     change_state(folder, lambda state: state["run"].pop(part))
+    other = [*FIT, "--trainer.precision", "32-true"]  # in question where the run is finished, too
+    expect_error(other, folder, f"{part}: expected a text, got nothing", "remove that folder", option="run")
+    (run / "finished.json").unlink()
     for command in (FIT, ["validate", "--run", "./run", "--ckpt_path", "last"]):
-        expect_error(command, folder, f"no {part}", "remove that folder", option="run")
+        expect_error(command, folder, f"{part}: expected a text, got nothing", "remove that folder", option="run")
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])

@@ -16,7 +16,7 @@ from lit_qlora.data.run_rows import RunRows
 from lit_qlora.devices.world import by_first, check_same, is_first
 from lit_qlora.errors import UserError
 from lit_qlora.model import fingerprint
-from lit_qlora.storage.checkpoint_io import RUN
+from lit_qlora.storage.checkpoint_io import RUN, run_record
 from lit_qlora.storage.state import load_state
 from lit_qlora.wording import number_of
 
@@ -42,7 +42,7 @@ class SamePrompts(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Raises UserError if the formats differ."""
-        record = _record(checkpoint, trainer.ckpt_path)
+        record = run_record(checkpoint, trainer.ckpt_path)
         was, now = record["prompt_format"], trainer.datamodule.prompt_format.identity  # type: ignore[attr-defined]
         if was != now:
             raise UserError(
@@ -83,7 +83,7 @@ class RunIdentity(Callback):
         if self.resume_from is None:
             return
         folder = self.resume_from
-        was = by_first(lambda: _record(load_state(folder, with_tensors=False), folder))
+        was = by_first(lambda: run_record(load_state(folder, with_tensors=False), folder))
         now = _describe_data(trainer)
         _compare(was, now, lambda: self._changes(trainer))
         if now["steps"] < was["steps"]:
@@ -110,7 +110,7 @@ class RunIdentity(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Compare the base. Raises UserError with was -> is if it differs."""
-        _compare(checkpoint[RUN], _describe_base(pl_module))
+        _compare(run_record(checkpoint, trainer.ckpt_path), _describe_base(pl_module))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """If the run was made longer, use and report the learning rate of the longer schedule from here on."""
@@ -129,19 +129,6 @@ class RunIdentity(Callback):
             "learning rate is that of the longer run",
             flush=True,
         )
-
-
-def _record(checkpoint: dict[str, Any], folder: object) -> dict[str, Any]:
-    """The record of the run in ``checkpoint``, from ``folder``. Raises UserError if it is incomplete."""
-    found = checkpoint[RUN]
-    missing = {*IDENTITY_REMEDIES, "base_name", "steps"} - {*(found if isinstance(found, dict) else ())}
-    if missing:
-        raise UserError(
-            f"{folder} was altered: its record of the run has no {min(missing)}",
-            option="run",
-            remedy="remove that folder, to resume from the one before",
-        )
-    return dict(found)
 
 
 def _describe_base(module: Any) -> dict[str, Any]:

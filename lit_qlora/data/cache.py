@@ -17,14 +17,17 @@ from lit_qlora.batch import IGNORE_INDEX
 from lit_qlora.console import complain, counted
 from lit_qlora.data.encode import SPACE, Encoder
 from lit_qlora.errors import UserError
-from lit_qlora.storage.files import SaveError, parse_json
+from lit_qlora.storage.files import SaveError
 from lit_qlora.storage.folders import DamagedFolderError, clear_leftovers, verify_folder, write_folder
+from lit_qlora.storage.foreign import object_in, shown
 from lit_qlora.storage.shared import Held, prune
 from lit_qlora.text.conversation import Conversation, Turn
 
 ROWS_PER_WRITE = 512
 KEPT_BYTES = 2 * 10**9
 """Bytes of all entries together: about half a million conversations of Guanaco's length."""
+COUNTS, COUNTED = "counts.json", ("cut", "left_out", "divided")
+"""The file that counts what became of the conversations, and what it counts."""
 RECENT_S = 3600
 """Seconds after its last use in which an entry is kept."""
 
@@ -90,7 +93,7 @@ def encode_records(conversations: Sequence[Conversation], encoder: Encoder) -> E
         reason = error.reason if isinstance(error, SaveError) else error.strerror
         remedy = "free some room there, or set HF_DATASETS_CACHE to a folder that can be written"
         raise UserError(f"the encoded rows can't be kept in {folder.parent} ({reason})", remedy=remedy) from error
-    counts = parse_json((folder / "counts.json").read_bytes())
+    counts = _counts(folder)
     examples = datasets.Dataset.from_file(str(folder / "rows.arrow"))
     return EncodedRows(
         examples.select_columns(["input_ids", "labels"]),
@@ -105,12 +108,21 @@ def encode_records(conversations: Sequence[Conversation], encoder: Encoder) -> E
     )
 
 
+def _counts(folder: Path) -> dict[str, int]:
+    """What became of the conversations, by `COUNTED`. Raises DamagedFolderError where it is not known."""
+    found = object_in(folder / COUNTS)
+    if found.keys() != {*COUNTED} or {*map(type, found.values())} != {int}:
+        raise DamagedFolderError(folder, COUNTS, f"the numbers {', '.join(COUNTED)}", shown(found))
+    return found
+
+
 def _hold(folder: Path) -> Held | None:
     """Hold an entry with the bytes that were written; one with others goes: it would silently change the training."""
     held = Held(folder)
     if held.found:
         try:
             verify_folder(folder)
+            _counts(folder)
             return held
         except DamagedFolderError as problem:
             complain(f"warning: {problem}; the rows are encoded again")
@@ -145,7 +157,7 @@ def _write_rows(folder: Path, conversations: Sequence[Conversation], encoder: En
 
     ids = pa.list_(pa.int32())
     schema = pa.schema([("input_ids", ids), ("labels", ids), ("length", pa.int32()), ("answer_tokens", pa.int32())])
-    counts = {"cut": 0, "left_out": 0, "divided": 0}
+    counts = dict.fromkeys(COUNTED, 0)
     divided = counted("encode", map(encoder.rows, encoder.written(conversations)), len(conversations))
     with pa.OSFile(str(folder / "rows.arrow"), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
         while some := list(islice(divided, ROWS_PER_WRITE)):
@@ -161,4 +173,4 @@ def _write_rows(folder: Path, conversations: Sequence[Conversation], encoder: En
                 "answer_tokens": [len(one.labels) - 1 - one.labels[1:].count(IGNORE_INDEX) for one in kept],
             }
             writer.write_table(pa.Table.from_pydict(columns, schema=schema))
-    (folder / "counts.json").write_text(json.dumps(counts), encoding="utf-8")
+    (folder / COUNTS).write_text(json.dumps(counts), encoding="utf-8")

@@ -4,12 +4,16 @@ Given to the Trainer as a plugin, `Trainer(plugins=[FolderCheckpointIO()])`; fro
 checkpoint is a folder. Knows nothing of when to save, which to keep and what is in a checkpoint.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from lightning.pytorch.plugins.io import CheckpointIO
 
+from lit_qlora.errors import UserError, excerpt
 from lit_qlora.storage.folders import DamagedFolderError, checkpoint_folder, remove_folder, verify_folder, write_folder
+from lit_qlora.storage.foreign import Kind, whole
 from lit_qlora.storage.state import SKELETON, check_tensors, load_state, num_bytes, save_state
 
 RUN = "run"
@@ -19,6 +23,48 @@ _NEEDED = {
     *("metrics_line", RUN),  # our own callbacks'
 }
 """Parts of every training checkpoint: no run resumes from one that lacks any."""
+
+_LENGTH = {"max_steps", "max_epochs"}
+
+
+def _are_settings(value: Any) -> bool:
+    if not (isinstance(value, dict) and all(isinstance(value.get(one, {}), dict) for one in ("model", "trainer"))):
+        return False
+    return all(type(value.get("trainer", {}).get(name, 0)) in (int, NoneType) for name in _LENGTH)
+
+
+_TEXT = Kind("a text", lambda value: isinstance(value, str))
+_OF_RUN = dict.fromkeys(
+    ("base", "base_name", "tokenizer", "prompt_format", "train_rows", "held_out_rows", "precision"), _TEXT
+) | {
+    "adapter": Kind("a text or null", lambda value: isinstance(value, str | None)),
+    "steps": whole(0, 10**15),
+    "settings": Kind("the settings of a run", _are_settings),
+}
+"""What identifies a run in its checkpoints."""
+
+
+def run_record(checkpoint: Mapping[str, Any], folder: object) -> dict[str, Any]:
+    """The record of the run in a checkpoint.
+
+    Args:
+        checkpoint: its state.
+        folder: where it was read, for messages.
+
+    Raises:
+        UserError: the record is not as it was saved.
+    """
+    found = checkpoint.get(RUN)
+    record = found if isinstance(found, dict) else {}
+    for name, kind in _OF_RUN.items():
+        if name not in record or not kind.holds(record[name]):
+            got = excerpt(record[name]) if name in record else "nothing"
+            raise UserError(
+                f"{folder} was altered: in its record of the run, {name}: expected {kind.expected}, got {got}",
+                option="run",
+                remedy="remove that folder, to resume from the one before",
+            )
+    return record
 
 
 class FolderCheckpointIO(CheckpointIO):

@@ -312,7 +312,10 @@ class RunFolder:
             return None
         try:
             mark = dict(parse_json(self.finished_mark.read_bytes()))
-            return mark | {name: int(mark[name]) for name in ("step", "steps")} | {"lengths": dict(mark["lengths"])}
+            was = mark["lengths"]
+            lengths = {name: int(was[name]) for name in ("max_steps", "max_epochs")}
+            lengths["early_stopping"] = was["early_stopping"]
+            return mark | {name: int(mark[name]) for name in ("step", "steps")} | {"lengths": lengths}
         except (ValueError, TypeError, KeyError, OverflowError):
             complain(f"warning: {self.finished_mark} is damaged: the run is completed once more")
             return None

@@ -4,6 +4,7 @@ import gc
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -18,9 +19,11 @@ from lit_qlora.data.cache import encode_records
 from lit_qlora.data.encode import Encoder
 from lit_qlora.data.tokenizer import load_tokenizer
 from lit_qlora.errors import UserError
+from lit_qlora.storage.folders import write_folder
 from lit_qlora.text.conversation import Conversation, Turn
 from lit_qlora.text.formats import chosen
 from tests.data.talks import said
+from tests.expect import check_line
 
 TALKS = [said(f"question {index}", "word " * index + "end") for index in range(1, 8)]
 
@@ -233,6 +236,21 @@ def test_a_damaged_entry_is_encoded_anew_with_one_line(tokenizer, folder, capsys
     assert [*folder.iterdir()] == [entry]
     encode_records(TALKS, Encoder(tokenizer, 1024))
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("counts", [[], {}, {"cut": 0, "left_out": 0}, {"cut": 0, "left_out": 0, "divided": "0"}])
+def test_an_entry_with_other_counts_is_encoded_anew_though_its_manifest_fits(tokenizer, folder, capsys, counts):
+    expected = contents(encode_records(TALKS, Encoder(tokenizer, 1024)))
+    (entry,) = folder.iterdir()
+
+    def fill(new):
+        shutil.copytree(entry, new, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))
+        (new / "counts.json").write_text(json.dumps(counts), encoding="utf-8")
+
+    write_folder(entry, fill, replace=True)
+    assert contents(encode_records(TALKS, Encoder(tokenizer, 1024))) == expected
+    words = "'counts.json': expected the numbers cut, left_out, divided", "the rows are encoded again"
+    check_line(capsys.readouterr().err, *words, begins=f"warning: {entry}: ")
 
 
 def test_an_entry_without_its_manifest_is_none(tokenizer, folder, capsys):

@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, TensorDataset
 
 from lit_qlora.errors import UserError
-from lit_qlora.storage.checkpoint_io import FolderCheckpointIO, check_checkpoint
+from lit_qlora.storage.checkpoint_io import FolderCheckpointIO, check_checkpoint, run_record
 from lit_qlora.storage.folders import DamagedFolderError, write_folder
 from lit_qlora.storage.state import save_state
+from tests.expect import ExpectError
 
 pytestmark = [
     # Lightning advises more workers for the loader: there are eight rows.
@@ -245,3 +246,33 @@ def test_a_checkpoint_with_a_file_of_another_program_is_read(tmp_path: Path) -> 
     (tmp_path / "c" / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
     check_checkpoint(tmp_path / "c")
     assert FolderCheckpointIO().load_checkpoint(tmp_path / "c")["global_step"] == 1
+
+
+TEXTS = ("base", "base_name", "tokenizer", "prompt_format", "train_rows", "held_out_rows", "precision")
+RECORD = dict.fromkeys(TEXTS, "x") | {"adapter": None, "steps": 4, "settings": {"trainer": {"max_steps": 4}}}
+WRONG: dict[str, list[Any]] = {name: [None, 3, True, ["x"], {}] for name in TEXTS} | {
+    "adapter": [3, True, {}],
+    "steps": [None, "4", True, 4.0, -1],
+    "settings": [None, 3, "x", [], {"model": 3}, {"trainer": []}, {"trainer": {"max_epochs": "3"}}],
+}
+
+
+def test_a_record_of_a_run_as_it_was_saved() -> None:
+    assert run_record({"run": RECORD}, "here") == RECORD
+    assert run_record({"run": RECORD | {"adapter": "digest", "settings": {}}}, "here")["adapter"] == "digest"
+
+
+@pytest.mark.parametrize("name", RECORD)
+def test_a_record_of_a_run_that_was_altered(name: str, expect_error: ExpectError) -> None:
+    told = "step-4", f"record of the run, {name}: expected", "remove that folder"
+    less = {other: value for other, value in RECORD.items() if other != name}
+    expect_error(lambda: run_record({"run": less}, "step-4"), *told, "got nothing", option="run")
+    for value in WRONG[name]:
+        expect_error(
+            lambda value=value: run_record({"run": less | {name: value}}, "step-4"), *told, value, option="run"
+        )
+
+
+@pytest.mark.parametrize("record", [None, 3, "x", [], {}])
+def test_no_record_of_a_run(record: object, expect_error: ExpectError) -> None:
+    expect_error(lambda: run_record({"run": record}, "step-4"), "step-4", "base: expected a text", option="run")

@@ -223,9 +223,18 @@ def test_files_that_would_be_written_elsewhere_are_refused(run, tmp_path, name):
 
 def test_the_mark_shows_that_a_run_is_finished(run):
     assert run.finished() is None
-    mark = {"step": 7, "steps": 10, "lengths": {"max_steps": 10}}
+    mark = {"step": 7, "steps": 10, "lengths": {"max_steps": 10, "max_epochs": -1, "early_stopping": None}}
     run.finished_mark.write_text(json.dumps(mark), encoding="utf-8")
     assert run.finished() == mark
+
+
+@pytest.mark.parametrize("lengths", [None, 3, [], {}, {"max_steps": 10, "max_epochs": -1}, {"max_steps": "x"}, {
+    "max_steps": None, "max_epochs": 3, "early_stopping": None,
+}])  # fmt: skip
+def test_a_mark_with_lengths_of_another_kind_is_damaged(run, lengths, capsys):
+    run.finished_mark.write_text(json.dumps({"step": 7, "steps": 10, "lengths": lengths}), encoding="utf-8")
+    assert run.finished() is None
+    check_line(capsys.readouterr().err, "damaged", "completed once more", begins=f"warning: {run.finished_mark} ")
 
 
 def test_a_run_has_begun_once_something_is_recorded_or_saved(tmp_path):

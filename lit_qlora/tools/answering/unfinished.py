@@ -15,6 +15,7 @@ from typing import IO, Any
 
 from lit_qlora.errors import UserError
 from lit_qlora.storage.files import parse_json, require_new, write_file
+from lit_qlora.storage.foreign import object_in
 from lit_qlora.storage.lock import flock
 
 
@@ -52,10 +53,9 @@ class Unfinished:
         if not self.target.exists():
             return False
         self.check_free()
-        try:
-            was, digest = parse_json(self.made.read_bytes()), _digest(self.target.read_bytes())
-        except (OSError, ValueError):
-            was, digest = {}, ""
+        was, digest = object_in(self.made), ""
+        with contextlib.suppress(OSError):
+            digest = _digest(self.target.read_bytes())
         if was != {**belongs_to, "sha256": digest}:
             other = "was changed since" if was.get("sha256") != digest else _differences(was, {**was, **belongs_to})
             require_new(self.target, f" ({other})")

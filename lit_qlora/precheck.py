@@ -106,7 +106,7 @@ def _given(verb: str, args: Sequence[str]) -> tuple[dict[str, Any], str | None]:
 
     Raises UserError for what is wrong with one whatever the others are.
     """
-    plain, of_classes = _apart(args)
+    plain, of_classes = _without_classes(args)
     parser = parser_of(options_of(verb))
     found = parser.parse_args(plain)
     names = {one.name.replace("-", "_"): one.name for one in options_of(verb)}
@@ -161,7 +161,7 @@ def _check_whole(verb: str, values: Mapping[str, Any], config: str | None) -> No
     elif verb == "fit":
         run.check_place()
         run = run.first_meant(
-            lambda one: not settings.refused(*_settings(values, one), one.rows.is_file)
+            lambda one: not settings.refused(*_run_settings(values, one), one.rows.is_file)
         )  # as far as is known here
     is_done = verb == "fit" and (run.finished_mark.exists() or bool(values.get("mirror")))
     if not is_done:  # a run that is finished, here or there, needs no rows
@@ -245,10 +245,10 @@ def _check_run(values: Mapping[str, Any], run: RunFolder) -> None:
     if is_first():
         run.check_writable()
         RunLock(run.path).check()
-    check_same_run(run, *_settings(values, run), run.rows.is_file)  # the rows are not read yet
+    check_same_run(run, *_run_settings(values, run), run.rows.is_file)  # the rows are not read yet
 
 
-def _settings(values: Mapping[str, Any], run: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
+def _run_settings(values: Mapping[str, Any], run: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
     """The plain settings of ``run``, and ``values`` of the same; none for one that has not begun."""
     if not run.has_begun() or not run.config.is_file():
         return {}, {}
@@ -276,7 +276,7 @@ def _check_rows(values: Mapping[str, Any], any_number: bool) -> None:
         parts.check_row(values["row"])
 
 
-def _apart(args: Sequence[str]) -> tuple[list[str], dict[str, dict[str, str]]]:
+def _without_classes(args: Sequence[str]) -> tuple[list[str], dict[str, dict[str, str]]]:
     """A command line without the arguments of classes, and these: by the option of the class, and by name."""
     plain, of_classes, rest = list[str](), dict[str, dict[str, str]](), iter(args)
     for arg in rest:

@@ -7,7 +7,7 @@ environment only. Knows no option's name.
 import re
 
 HIDDEN = "***"
-_NAME = (
+_SECRET_NAME = (
     r"[\w.-]*(?:token|api[-_]?key|access[-_]?key(?:[-_]?id)?|secret|passw(?:or)?d|passphrase|signature|credentials?"
     r"|authorization)|(?:[\w.-]*[-_.])?(?:sig|pwd)"
 )
@@ -23,7 +23,7 @@ _SECRETS = (
     # user:password@ further behind, or with a password that no URL should hold; a port is no password.
     re.compile(rf"""((?:{_SCHEME}|//)(?:[^\s'"]*/)?)[^\s'"/:@]*:(?!\d+(?:/|$))[^\s'"]+(?=@)"""),
     # ?token=… of one, and a signature.
-    re.compile(rf"""([?&;#](?:{_NAME}|key|auth|pass|jwt)=)[^&;#\s'"]+""", re.IGNORECASE),
+    re.compile(rf"""([?&;#](?:{_SECRET_NAME}|key|auth|pass|jwt)=)[^&;#\s'"]+""", re.IGNORECASE),
     # Tokens of the hub and other services.
     re.compile(r"\b()(?:hf_(?:oauth_)?|api_org_|gh[opsur]_|github_pat_)\w{20,}"),
     re.compile(r"\b()(?:glpat-[\w-]{20,}|AKIA[0-9A-Z]{16}\b|xox[abeprs]-[\w-]{20,}|AIza[\w-]{35})"),
@@ -53,7 +53,7 @@ def holds_secret(name: str, value: str) -> bool:
         value: as text.
     """
     is_word, name = len(value.split()) == 1, name.rpartition(".")[2]
-    is_meant = re.fullmatch(_NAME, name, re.IGNORECASE) and not re.fullmatch(_VOCABULARY, name, re.IGNORECASE)
+    is_meant = re.fullmatch(_SECRET_NAME, name, re.IGNORECASE) and not re.fullmatch(_VOCABULARY, name, re.IGNORECASE)
     return (
         bool(is_meant and value.strip().lower() not in _NONE)
         or any(secret.search(value) for secret in _SECRETS)

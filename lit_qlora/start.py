@@ -86,7 +86,7 @@ def _unlike_checkpoint(
 ) -> list[settings.ChangedSetting]:
     """The changes of settings with which the run's newest checkpoint can't resume."""
     changes = [change for change in settings.differences(first, config) if change.name in BY_CHECKPOINT]
-    record = _record(run) if changes else {}
+    record = _newest_record(run) if changes else {}
     return [change for change in changes if _matters(change.name, run, record, config, base)]
 
 
@@ -162,10 +162,10 @@ def _first_settings(run: RunFolder) -> dict[str, Any] | None:
     """
     if not run.has_begun():
         return None
-    return run.read_config() if run.config.is_file() else _record(run).get("settings")
+    return run.read_config() if run.config.is_file() else _newest_record(run).get("settings")
 
 
-def _record(run: RunFolder) -> dict[str, Any]:
+def _newest_record(run: RunFolder) -> dict[str, Any]:
     """The record of the run in its newest intact checkpoint; empty without one."""
     folder, _ = run.last_checkpoint(check_checkpoint)
     return run_record(load_state(folder, with_tensors=False), folder) if folder else {}

@@ -167,7 +167,7 @@ def help_of_tool(verb: str, title: str, actions: Sequence[Any]) -> str:
     options = []
     for action in actions:
         is_flag = action._typehint is bool and action.default is False
-        words = f"{_words(action.help)} (required)" if action.required else action.help
+        words = f"{_doc_words(action.help)} (required)" if action.required else action.help
         options.append(Option(action.dest, WITHOUT_VALUE if is_flag else action._typehint, action.default, words))
     return "\n".join([*_head(verb, needed, title), "", "options:", *_lines(options)]) + "\n"
 
@@ -196,13 +196,13 @@ def _options_shown(verb: str, options: dict[str, Option]) -> list[str]:
 def _lines(options: list[Option]) -> Iterator[str]:
     """A line or more each: name and value at the left, words and default beside or below."""
     for option in options:
-        left = f"  --{option.name} {_value(option)}".rstrip()
+        left = f"  --{option.name} {_value_kind(option)}".rstrip()
         default = (
             ""
             if option.type is WITHOUT_VALUE or option.default in (None, UNKNOWN, "", ()) or option.name == "config"
             else f" ({_plain(option.default)})"
         )
-        words = textwrap.wrap(_words(option.help) + default, WIDTH - 36)
+        words = textwrap.wrap(_doc_words(option.help) + default, WIDTH - 36)
         if len(left) > 34:
             yield left
             left = ""
@@ -211,14 +211,14 @@ def _lines(options: list[Option]) -> Iterator[str]:
         yield from (f"{'':36}{line}" for line in words[1:])
 
 
-def _words(text: str) -> str:
+def _doc_words(text: str) -> str:
     """A docstring's words without its markup, and of Lightning's the first sentence."""
     text = re.sub(r":\w+:`~?(?:[\w.]*\.)?([^`]+)`", r"\1", text).replace("``", "").replace("`", "")
     text = re.split(r"\.?\s+Default:", text)[0]
     return text.rstrip(".")
 
 
-def _value(option: Option) -> str:
+def _value_kind(option: Option) -> str:
     """The kind of value to give, in a word."""
     if option.type is WITHOUT_VALUE:
         return ""

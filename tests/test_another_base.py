@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from lit_qlora import demo
 from lit_qlora.cli import main
-from lit_qlora.storage.shards import write_shards
+from lit_qlora.storage.weight_files import write_shards
 
 SHORT = ["--trainer.val_check_interval", "100", "--trainer.limit_val_batches", "1", "--samples.count", "0",
          "--save_every_steps", "2"]  # fmt: skip

@@ -6,6 +6,7 @@ import re
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -253,7 +254,7 @@ SEVERAL = {
     "main": "what a verb does after LightningCLI has parsed its options, and the command itself",
     "parse": "the parser of a form of rows, called with its module",
 }
-"""Public names that several modules have, and why."""
+"""Names that several modules have, and why."""
 
 
 def _named(tree: ast.Module) -> set[str]:
@@ -264,12 +265,33 @@ def _named(tree: ast.Module) -> set[str]:
     return {*made, *(one.id for each in targets for target in each for one in ast.walk(target) if hasattr(one, "id"))}
 
 
-def test_a_public_name_means_one_thing() -> None:
+ROLES = {
+    "host": "the host's memory: what is needed, what there is",
+    "memory": "that of a training step: by formula, as measured",
+    "record": "a run's record of figures: what keeps it, how callbacks reach it",
+    "report": "what came of a run: on the terminal, in its page, and the verb that writes that anew",
+    "samples": "sample answers: how they are made, how they are recorded and shown",
+    "words": "what a room prints",
+}
+"""Names of modules in several rooms, and the one thing that each is about."""
+
+
+def _owners(names: Callable[[Path], set[str]]) -> dict[str, list[str]]:
+    """The names that several modules have, and where; special ones, such as ``__version__``, aside."""
     owners: dict[str, list[str]] = {}
     for path in MODULES:
-        for name in _named(ast.parse(path.read_text())):
+        for name in names(path):
             owners.setdefault(name, []).append(str(path.relative_to(ROOT)))
-    several = {name for name, where in owners.items() if len(where) > 1 and not name.startswith("_")}
-    wrong = [f"{name} is in {' and in '.join(owners[name])}" for name in sorted(several - {*SEVERAL})]
+    return {name: where for name, where in sorted(owners.items()) if len(where) > 1 and not name.startswith("__")}
+
+
+def test_a_name_means_one_thing() -> None:
+    """A private one, too: who searches for it finds one."""
+    several = _owners(lambda path: _named(ast.parse(path.read_text())))
+    wrong = [f"{name} is in {' and in '.join(where)}" for name, where in several.items() if name not in SEVERAL]
     assert not wrong, f"{'; '.join(wrong)}: say in one of them what it is there, or import it"
-    assert {*SEVERAL} <= several
+    assert {*SEVERAL} <= {*several}
+
+
+def test_modules_of_one_name_are_about_one_thing() -> None:
+    assert {*_owners(lambda path: {path.stem})} == {*ROLES}

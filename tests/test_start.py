@@ -172,13 +172,13 @@ def test_what_the_checkpoint_would_refuse_makes_another_run(
     begun("runs/demo")
     Path("start").mkdir()
     Path("start", "adapter_model.safetensors").write_bytes(b"start")
-    monkeypatch.setattr(start, "_record", lambda _: record)
+    monkeypatch.setattr(start, "_newest_record", lambda _: record)
     assert chosen(config) == expected
 
 
 def test_a_finished_run_is_not_made_shorter_by_another(monkeypatch: pytest.MonkeyPatch) -> None:
     begun("runs/demo").finished_mark.write_text(mark(9))
-    monkeypatch.setattr(start, "_record", lambda _: {"steps": 9, "settings": CONFIG})
+    monkeypatch.setattr(start, "_newest_record", lambda _: {"steps": 9, "settings": CONFIG})
     assert chosen(changed(trainer__max_steps=8)) == "runs/demo"
 
 

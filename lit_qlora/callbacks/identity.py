@@ -46,8 +46,8 @@ class SamePrompts(Callback):
         was, now = record["prompt_format"], trainer.datamodule.prompt_format.identity  # type: ignore[attr-defined]
         if was != now:
             raise UserError(
-                f"the checkpoint was trained with {_in_words('prompt_format', record)}, and is to be "
-                f"scored with {_in_words('prompt_format', {'prompt_format': now})}",
+                f"the checkpoint was trained with {_part_in_words('prompt_format', record)}, and is to be "
+                f"scored with {_part_in_words('prompt_format', {'prompt_format': now})}",
                 option="data.template",
                 remedy="give that of its run, or none",
             )
@@ -154,13 +154,13 @@ def _compare(was: dict[str, Any], now: dict[str, Any], changes: Callable[[], Map
         if part in now and was[part] != now[part]:
             raise UserError(
                 f"its {part.replace('_', ' ')} changed: "
-                + (changes().get(part) or f"{_in_words(part, was)} -> {_in_words(part, now)}"),
+                + (changes().get(part) or f"{_part_in_words(part, was)} -> {_part_in_words(part, now)}"),
                 option="run",
                 remedy=f"{remedy}, or --run NAME to start another run",
             )
 
 
-def _in_words(part: str, record: dict[str, Any]) -> str:
+def _part_in_words(part: str, record: dict[str, Any]) -> str:
     value = str(record[part])
     if part == "base":
         return f"{record['base_name']} ({fingerprint.short(value)})"

@@ -84,7 +84,7 @@ def encode_records(conversations: Sequence[Conversation], encoder: Encoder) -> E
         held = _hold(folder)
         if held is None:
             while held is None:  # again if another process made room for its own meanwhile
-                _write(folder, conversations, encoder)
+                _write_entry(folder, conversations, encoder)
                 held = _hold(folder)
             clear_leftovers(folder.parent, shared=True)
             entries = (entry for entry in folder.parent.iterdir() if not entry.name.startswith("."))
@@ -93,7 +93,7 @@ def encode_records(conversations: Sequence[Conversation], encoder: Encoder) -> E
         reason = error.reason if isinstance(error, SaveError) else error.strerror
         remedy = "free some room there, or set HF_DATASETS_CACHE to a folder that can be written"
         raise UserError(f"the encoded rows can't be kept in {folder.parent} ({reason})", remedy=remedy) from error
-    counts = _counts(folder)
+    counts = _read_counts(folder)
     examples = datasets.Dataset.from_file(str(folder / "rows.arrow"))
     return EncodedRows(
         examples.select_columns(["input_ids", "labels"]),
@@ -108,7 +108,7 @@ def encode_records(conversations: Sequence[Conversation], encoder: Encoder) -> E
     )
 
 
-def _counts(folder: Path) -> dict[str, int]:
+def _read_counts(folder: Path) -> dict[str, int]:
     """What became of the conversations, by `COUNTED`. Raises DamagedFolderError where it is not known."""
     found = object_in(folder / COUNTS)
     if found.keys() != {*COUNTED} or {*map(type, found.values())} != {int}:
@@ -122,7 +122,7 @@ def _hold(folder: Path) -> Held | None:
     if held.found:
         try:
             verify_folder(folder)
-            _counts(folder)
+            _read_counts(folder)
             return held
         except DamagedFolderError as problem:
             complain(f"warning: {problem}; the rows are encoded again")
@@ -143,7 +143,7 @@ def _otherwise(turn: Turn) -> list[str]:
     return ["context only"] * (not turn.learned) + ["a space of its own"] * turn.content.lstrip().startswith(SPACE)
 
 
-def _write(folder: Path, conversations: Sequence[Conversation], encoder: Encoder) -> None:
+def _write_entry(folder: Path, conversations: Sequence[Conversation], encoder: Encoder) -> None:
     try:
         write_folder(folder, lambda staging: _write_rows(staging, conversations, encoder))
     except OSError:

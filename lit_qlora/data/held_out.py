@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
-from lit_qlora.data.files import SourceError
 from lit_qlora.data.records import (
     ANY_FORM,
     UNANSWERED,
@@ -27,6 +26,7 @@ from lit_qlora.data.records import (
     no_row,
     places_early,
 )
+from lit_qlora.data.row_files import SourceError
 from lit_qlora.data.run_rows import RunRows, turns_digest
 from lit_qlora.data.sources import Source, as_text, find_splits, sources_of
 from lit_qlora.data.splits import Splits

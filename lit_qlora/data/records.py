@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 from lit_qlora.console import counted
 from lit_qlora.data import splits
-from lit_qlora.data.files import Row, SourceError, split_place
 from lit_qlora.data.forms import COLUMN_OPTIONS, Form, check_columns, form_names
 from lit_qlora.data.row import RowError, read_row
+from lit_qlora.data.row_files import Row, SourceError, split_place
 from lit_qlora.data.sources import Source, local_bytes, read_source, sources_of
 from lit_qlora.errors import UserError, excerpt, suggestion
 from lit_qlora.text.conversation import Conversation
@@ -359,11 +359,11 @@ class Counts:
 
     def in_words(self) -> dict[str, int]:
         """All of it, as `Records.dropped` has it; names with the number of their rows."""
-        named = {what + _listed(names): self._rows[what] for what, names in self._named.items() if names}
+        named = {what + _listed_names(names): self._rows[what] for what, names in self._named.items() if names}
         return self.dropped | named
 
 
-def _listed(names: Counter[str]) -> str:
+def _listed_names(names: Counter[str]) -> str:
     named = [f"{name} ({count:,})" for name, count in names.most_common(MOST_NAMED)]
     return ", ".join([*named, *([f"and {len(names) - MOST_NAMED} more"] if len(names) > MOST_NAMED else [])])
 

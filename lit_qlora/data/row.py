@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lit_qlora.data.files import EXAMPLE
 from lit_qlora.data.forms import (
     COLUMN_OPTIONS,
     FORMS,
@@ -24,6 +23,7 @@ from lit_qlora.data.forms import (
     forms_for,
     list_in,
 )
+from lit_qlora.data.row_files import EXAMPLE
 from lit_qlora.errors import excerpt, nearest
 from lit_qlora.text import edges, llama2_rows, messages
 from lit_qlora.text.conversation import Conversation

@@ -16,8 +16,8 @@ from typing import Any, NoReturn, TypeVar
 
 from lit_qlora import demo
 from lit_qlora.data import splits
-from lit_qlora.data.files import COMPRESSED, ENDINGS, INSTEAD, Row, SourceError, kind_of, read_rows
 from lit_qlora.data.forms import COLUMN_OPTIONS, columns_of, forms_for
+from lit_qlora.data.row_files import COMPRESSED, ENDINGS, INSTEAD, Row, SourceError, kind_of, read_rows
 from lit_qlora.data.splits import PLAIN_ENDINGS, Splits
 from lit_qlora.errors import UserError, excerpt, require, suggestion
 from lit_qlora.storage.files import names_around, parse_json
@@ -185,7 +185,7 @@ def find_splits(source: Source) -> Splits:
         import datasets
 
         ask = datasets.get_dataset_split_names
-        found = [str(name) for name in _ask_hub(source, ask, config_name=source.name)]
+        found = [str(name) for name in _ask_datasets(source, ask, config_name=source.name)]
     else:
         found = [*files]
     names = splits.names_by_kind(found) | splits.names_beside(source.split or "", found)
@@ -247,7 +247,7 @@ def read_source(source: Source, split: str = "train", columns: Sequence[str] = (
     def rows(*path: str, **given: str | None) -> list[dict[str, Any]]:
         return list(datasets.load_dataset(*path, split=split, **given))
 
-    values = _ask_hub(source, rows, name=source.name)
+    values = _ask_datasets(source, rows, name=source.name)
     return [Row(f"{source} ({split}): row {number}", value) for number, value in enumerate(values, 1)]
 
 
@@ -356,7 +356,7 @@ def _looks_like_hub_id(source: str) -> bool:
     return not is_file and HUB_ID.fullmatch(source) is not None
 
 
-def _ask_hub(asked: Source, ask: Callable[..., T], **given: str | None) -> T:
+def _ask_datasets(asked: Source, ask: Callable[..., T], **given: str | None) -> T:
     """What ``ask`` of `datasets` returns for a source, its revision and what else is ``given``. Raises SourceError."""
     import datasets
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from lit_qlora.data.files import ENDINGS, OTHER_NAMES, PACKED, SourceError
+from lit_qlora.data.row_files import ENDINGS, OTHER_NAMES, PACKED, SourceError
 from lit_qlora.errors import excerpt
 from lit_qlora.storage.files import parse_json
 from lit_qlora.wording import number_of
@@ -78,7 +78,7 @@ class Splits:
             split = next(iter((*self.unread, *self.names.values())), "NAME")
             remedy = f"name the one to train on in the source, such as {{path: …, split: {split}}}"
             if files:
-                name = "train/" if files[0].endswith("/") else f"train{files[0].removeprefix(_bare(Path(files[0])))}"
+                name = "train/" if files[0].endswith("/") else f"train{files[0].removeprefix(_stem(Path(files[0])))}"
                 remedy = f"rename {files[0]} {name}, or give {self.source}/{files[0]} itself"
             raise SourceError(self.source, f"has no split 'train', found: {' and '.join(found)}", remedy)
         return self.names["train"]
@@ -106,7 +106,7 @@ class _Name(NamedTuple):
 
 def _name_of(path: Path) -> _Name:
     """What a name says, without the ending and the number of a shard."""
-    name = path.name if path.is_dir() else SHARD.sub(r"\1", _bare(path))
+    name = path.name if path.is_dir() else SHARD.sub(r"\1", _stem(path))
     words = [_without_set(word) for word in re.findall(r"[A-Z]*[a-z]+|[A-Z]+|[0-9]+", name)]
     words = [name.lower()] if name.lower() in SPLIT_NAMES else words
     kind = next((kind for kind, known in SPLITS.items() if {*words} & {*known}), None)
@@ -121,7 +121,7 @@ def _without_set(word: str) -> str:
     return next((short for end in ("set", "data") if (short := word.removesuffix(end)) in SPLIT_NAMES), word)
 
 
-def _bare(path: Path) -> str:
+def _stem(path: Path) -> str:
     """A file's name without its ending; empty where that is not one of rows."""
     ending = next((one for one in sorted(FILES, key=len, reverse=True) if path.name.lower().endswith(one)), "")
     return path.name[: len(path.name) - len(ending)] if ending else ""
@@ -282,14 +282,14 @@ def _by_split(folder: Path, named: Mapping[Path, _Name]) -> dict[str, list[Path]
         found = [path for path, name in named.items() if name.kind == kind]
         if not found:
             continue
-        parts = [shard for path in found if (shard := SHARD.match(_bare(path)))]
+        parts = [shard for path in found if (shard := SHARD.match(_stem(path)))]
         if len(found) > 1 and (len(parts) < len(found) or len({(part[1], part[3]) for part in parts}) > 1):
-            endings = {path.name.removeprefix(_bare(path)) for path in found}
+            endings = {path.name.removeprefix(_stem(path)) for path in found}
             both = f"{folder}/*{min(endings)}" if len(endings) == 1 else f"data.source [{found[0]}, {found[1]}]"
             remedy = "keep one of them" + (f", or give both: {both}" if kind == "train" else "")
             raise SourceError(folder, f"holds both {found[0].name} and {found[1].name}, expected one", remedy)
         _check_parts(folder, found)
-        name = parts[0][1] if parts else _bare(found[0])
+        name = parts[0][1] if parts else _stem(found[0])
         files[name if named[found[0]].exact else kind] = found
     return files
 
@@ -312,7 +312,7 @@ def _missing(paths: Sequence[Path]) -> list[str]:
     """In words, what has parts among ``paths``, but not all."""
     numbers = dict[tuple[Path, str, int], set[int]]()
     for path in paths:
-        if part := SHARD.match(_bare(path)):
+        if part := SHARD.match(_stem(path)):
             numbers.setdefault((path.parent, part[1], int(part[3])), set()).add(int(part[2]))
     found = []
     for (_, name, count), there in numbers.items():

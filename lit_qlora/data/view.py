@@ -49,7 +49,7 @@ def tokens(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int], learned: It
     special = special_tokens(tokenizer)
     names = tokenizer.convert_ids_to_tokens(list(ids))
     return [
-        Token(id_, printable(name if id_ in special else _text(tokenizer, name)), bool(is_learned), id_ in special)
+        Token(id_, printable(name if id_ in special else _spelling(tokenizer, name)), bool(is_learned), id_ in special)
         for id_, name, is_learned in zip(ids, names, learned, strict=True)
     ]
 
@@ -91,7 +91,7 @@ def _decoded(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)).strip()
 
 
-def _text(tokenizer: "PreTrainedTokenizerBase", name: str) -> str:
+def _spelling(tokenizer: "PreTrainedTokenizerBase", name: str) -> str:
     """The text of a token with the space that it may begin with; of a part of a character, the token's ``name``."""
     decoder = tokenizer.backend_tokenizer.decoder
     if decoder is None:

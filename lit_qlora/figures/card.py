@@ -94,7 +94,7 @@ def card(
         base,
         metadata=_metadata(base, sources),
         address=base if HUB_ID.fullmatch(base) else f"path/to/{base}",  # for others, no path of this machine
-        sources=_listed(sources),
+        sources=_listed_sources(sources),
         prompts=prompt_format.described(RECORD),
         rows=[*_measured(before, after)],
         cost=[*_cost(figures, step, training_s)],
@@ -116,7 +116,7 @@ def merged_card(base: str, sources: Sequence[str], made: str, measured: str, pro
         prompts: the prompt format, as by `PromptFormat.described`.
     """
     sources = published([*sources])
-    trained = f"{_listed(sources)}, in {prompts}" if sources else f"conversations in {prompts}"
+    trained = f"{_listed_sources(sources)}, in {prompts}" if sources else f"conversations in {prompts}"
     metadata = _metadata(base, sources, "finetune")
     return _render("merged", base, metadata=metadata, trained=trained, made=made, measured=measured)
 
@@ -149,7 +149,7 @@ def _is_path(text: str) -> bool:
     return " " not in text and HUB_ID.fullmatch(text.partition(":")[0]) is None  # a split may stand behind it
 
 
-def _listed(sources: Sequence[str]) -> str:
+def _listed_sources(sources: Sequence[str]) -> str:
     return " and ".join(f"`{source}`" for source in sources)
 
 

@@ -72,7 +72,7 @@ def damage(run: RunFolder) -> Iterator[str]:
 
 def report_page(run: RunFolder) -> str:
     """The report of ``run`` as HTML."""
-    figures, best = _figures(run.metrics), object_in(run.adapter / RESULT)
+    figures, best = _finite_figures(run.metrics), object_in(run.adapter / RESULT)
     step = best.get("step")
     step = step if type(step) is int and step in figures else max(figures, default=0)
     decided = object_in(run.decisions)
@@ -88,7 +88,7 @@ def report_page(run: RunFolder) -> str:
         "report.html.jinja",
         name=run.path.resolve().name,
         subtitle=_subtitle(config),
-        state=_state(run, figures),
+        state=_run_state(run, figures),
         started=_text(decided.get("started"))[:19].replace("T", " "),
         tiles=[*_tiles(figures, step, decided)],
         table=ends_in_words(figures.get(0, {}), figures.get(step, {})),
@@ -104,7 +104,7 @@ def report_page(run: RunFolder) -> str:
     )
 
 
-def _figures(file: Path) -> dict[int, dict[str, float]]:
+def _finite_figures(file: Path) -> dict[int, dict[str, float]]:
     """The finite figures of each step, whatever else stands in the lines."""
     return {
         line["step"]: {name: float(value) for name, value in line.items() if _is_number(value)}
@@ -141,7 +141,7 @@ def _subtitle(config: Mapping[str, Any]) -> str:
     return f"{base or 'a base'} in 4-bit with LoRA, trained on {source or 'conversations'}"
 
 
-def _state(run: RunFolder, figures: Mapping[int, Any]) -> str:
+def _run_state(run: RunFolder, figures: Mapping[int, Any]) -> str:
     mark = object_in(run.finished_mark)
     if type(mark.get("step")) is int and type(mark.get("steps")) is int:
         early = " (ended early)" if mark["step"] < mark["steps"] else ""

@@ -73,7 +73,7 @@ def table(line: Mapping[str, Any]) -> str | None:
         return None
     limit = line["max_new_tokens"]
     cells = (
-        f"| {_cell(row['prompt'])} | {_shown(row['base'], limit)} | {_shown(row['adapter'], limit)} |" for row in rows
+        f"| {_cell(row['prompt'])} | {_reply(row['base'], limit)} | {_reply(row['adapter'], limit)} |" for row in rows
     )
     return "\n".join(["| prompt | base | adapter |\n|---|---|---|", *cells])
 
@@ -90,7 +90,7 @@ def answered(file: Path, step: int | None) -> list[dict[str, Any]]:
     """
     found: list[dict[str, Any]] = []
     for line in read_lines(file):
-        rows = _rows(line)
+        rows = _sample_rows(line)
         if any("adapter" in row for row in rows) or not found:
             found = rows
             if step and line["step"] == step:
@@ -110,8 +110,8 @@ def side_by_side(answers: Sequence[Mapping[str, Any]]) -> list[str]:
     rows = [row for row in answers if "adapter" in row][:COMPARED]
     shown = [in_column("  base alone", COLUMN + 4) + "with the adapter"] if rows else []
     for row in rows:
-        shown += _wrapped(row["prompt"], WIDTH, 1)
-        texts = [_wrapped(row[whose]["text"] or "(nothing)", COLUMN, 3) for whose in ("base", "adapter")]
+        shown += _wrapped_text(row["prompt"], WIDTH, 1)
+        texts = [_wrapped_text(row[whose]["text"] or "(nothing)", COLUMN, 3) for whose in ("base", "adapter")]
         pairs = zip_longest(*texts, fillvalue="")
         shown += [(in_column(f"  {left}", COLUMN + 4) + right).rstrip() for left, right in pairs]
     return shown
@@ -128,7 +128,7 @@ def short_prompts(file: Path, count: int) -> list[str]:
     """
     found: list[str] = []
     for line in read_lines(file):
-        prompts = (row.get("prompt") for row in _rows(line))
+        prompts = (row.get("prompt") for row in _sample_rows(line))
         texts = (text.strip() for text in prompts if isinstance(text, str))
         found = [text for text in texts if 0 < len(text) <= 100 and text.isprintable()]
         if found:
@@ -136,12 +136,12 @@ def short_prompts(file: Path, count: int) -> list[str]:
     return [*dict.fromkeys(found)][:count]
 
 
-def _rows(line: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _sample_rows(line: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = line.get("answers")
     return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
 
 
-def _wrapped(text: str, width: int, lines: int) -> list[str]:
+def _wrapped_text(text: str, width: int, lines: int) -> list[str]:
     """``text`` in at most ``lines`` of ``width`` columns, without characters that would steer a terminal."""
     words = "".join(one if one.isprintable() else " " for one in text).split()
     found = [*islice(lines_of(" ".join(words), width), lines + 1)]
@@ -175,7 +175,7 @@ def _of_all(figures: Mapping[str, Any], name: str) -> str | None:
     return f"{found[name]} of {sum(found.values())}"
 
 
-def _shown(answer: Mapping[str, Any], limit: int) -> str:
+def _reply(answer: Mapping[str, Any], limit: int) -> str:
     reason = {CUT: f"at {limit:,} tokens", CUT_BY_CONTEXT: "by the base's context"}.get(answer["cut_by"])
     return _cell(answer["text"]) + (f" *(cut {reason})*" if reason else "")
 

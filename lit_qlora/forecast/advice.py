@@ -51,7 +51,7 @@ OPTIONS: dict[str, Callable[[Forecast, Forecast], str]] = {
 """What to give on the command line where a field of a forecast changes, in the order of a message."""
 
 
-def _options(was: Forecast, now: Forecast) -> str:
+def _changed_options(was: Forecast, now: Forecast) -> str:
     """The options that turn one forecast into another."""
     return " ".join(words(was, now) for name, words in OPTIONS.items() if getattr(was, name) != getattr(now, name))
 
@@ -182,7 +182,7 @@ def smallest_change(forecast: Forecast) -> Change | None:
     for changed in (forecast, *_shared_on_host(forecast)):
         found = _walk(changed, 1 - memory.RESERVE) or _walk(changed, 1.0)
         if found:
-            return Change(_options(forecast, found), found)
+            return Change(_changed_options(forecast, found), found)
     return None
 
 
@@ -245,7 +245,7 @@ def quickest(forecast: Forecast) -> Change | None:
                 started = chosen.epoch.num_micro_batches * HOST_S_PER_LAYER * forecast.shape.num_layers
                 took = max(took or 0, started / chosen.epoch.tokens)
             if took and took < now * (1 - GAIN):
-                now, best = took / (1 - GAIN), Change(_options(forecast, chosen), chosen)
+                now, best = took / (1 - GAIN), Change(_changed_options(forecast, chosen), chosen)
     return best
 
 

@@ -64,9 +64,9 @@ def find_card(name: str) -> Card:
     Raises:
         UserError: it is not in the table.
     """
-    words = _words(name)
+    words = _words_of_name(name)
     for card in sorted(CARDS, key=lambda card: -len(card.name)):
-        wanted = _words(card.name)
+        wanted = _words_of_name(card.name)
         if wanted <= words or wanted - {"rtx"} <= words:
             return card
     if "a100" in words:  # without a size, the smaller one
@@ -78,6 +78,6 @@ def find_card(name: str) -> Card:
     )
 
 
-def _words(name: str) -> set[str]:
+def _words_of_name(name: str) -> set[str]:
     words = re.findall(r"[a-z]*\d+[a-z]*|[a-z]+", name.lower())
     return {re.sub(r"^(40|80)(gb?)?$", r"\1gb", re.sub(r"^rtx(\d)", r"\1", word)) for word in words}

@@ -456,16 +456,16 @@ def sampling_memory(step: Step, samples: Samples, found: list[StepMemory]) -> St
     shape, tokens = step.shape, samples.num_prompts * samples.prompt_tokens
     kept = tokens + samples.num_prompts * samples.new_tokens
     cache = 2 * step.element * shape.linears["k_proj"][1] * shape.num_layers * kept
-    return replace(_forward(step, tokens, found), moment="sample answers", cache=cache)
+    return replace(_forward_moment(step, tokens, found), moment="sample answers", cache=cache)
 
 
 def scoring_memory(step: Step) -> StepMemory:
     """Bytes while the micro-batch of a ``step`` is scored and nothing trained: one layer's forward, no gradients."""
-    forward = _forward(step, step.tokens, moments(step))
+    forward = _forward_moment(step, step.tokens, moments(step))
     return replace(forward, moment="scoring", optimizer=0, gradients=0, loss=loss_bytes(step))
 
 
-def _forward(step: Step, tokens: int, found: list[StepMemory]) -> StepMemory:
+def _forward_moment(step: Step, tokens: int, found: list[StepMemory]) -> StepMemory:
     """The update's moment of ``found``, with one layer's forward over so many tokens: an upper bound."""
     shape, update = step.shape, next(moment for moment in found if moment.moment == "update")
     forward = tokens * step.element * (6 * shape.hidden + 5 * shape.linears["gate_proj"][1])

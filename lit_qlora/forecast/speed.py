@@ -70,7 +70,7 @@ def epoch_hours(step: Step, epoch: Epoch, card: Card) -> float | None:
     return (epoch.padded_tokens * per_token + epoch.num_micro_batches * per_batch) / 3600
 
 
-def _recomputed(step: Step) -> float:
+def _recomputed_share(step: Step) -> float:
     """The share of layers that are recomputed."""
     return 1 - step.kept_layers / step.shape.num_layers
 
@@ -85,7 +85,7 @@ def _flops(step: Step, attended: float) -> float:
     forward_and_backward = 2 * products + 2 * head * scored + 3 * lora + 3.5 * attention
     inputs, outputs = shape.linears["down_proj"]  # its result is not needed in backward
     again = products - 2 * shape.num_layers * inputs * outputs + attention + lora
-    return forward_and_backward + _recomputed(step) * again
+    return forward_and_backward + _recomputed_share(step) * again
 
 
 def _traffic(step: Step) -> float:
@@ -93,7 +93,7 @@ def _traffic(step: Step) -> float:
     shape = step.shape
     forward, backward = TRAFFIC_KIB
     widths = (shape.hidden + shape.linears["gate_proj"][1]) / WIDTHS_OF_7B
-    passes = forward * (1 + _recomputed(step)) + backward
+    passes = forward * (1 + _recomputed_share(step)) + backward
     return 1024 * passes * widths * shape.num_layers
 
 

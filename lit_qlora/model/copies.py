@@ -26,8 +26,8 @@ from lit_qlora.model.load import nf4, quantise, read_tensor
 from lit_qlora.model.weights import BUFFER, check_weights, fetch, is_linear, stored_tensors
 from lit_qlora.storage.files import free_bytes, parse_json, size
 from lit_qlora.storage.folders import MANIFEST, DamagedFolderError, clear_leftovers, verify_folder, write_folder
-from lit_qlora.storage.shards import write_shards
 from lit_qlora.storage.shared import Held, prune, remove_unused
+from lit_qlora.storage.weight_files import write_shards
 
 KEPT_FROM = 500_000_000
 """Number of weights from which quantising takes long enough to be worth the disk space."""
@@ -107,7 +107,7 @@ class Copies:
         target = self.root / _name(base, dtype, device.type)
 
         def fill(folder: Path) -> None:
-            _write(folder, base, dtype, device)
+            _write_copy(folder, base, dtype, device)
             write_original(folder, find_base(str(folder)), base)
 
         try:
@@ -137,7 +137,7 @@ class Copies:
         return f"; {', '.join(gone)} removed: the {KEPT} last used stay" if gone else ""
 
 
-def _write(folder: Path, base: Base, dtype: torch.dtype, device: torch.device) -> None:
+def _write_copy(folder: Path, base: Base, dtype: torch.dtype, device: torch.device) -> None:
     """Write ``base`` in 4 bits as transformers does, in files of about `FILE_BYTES`."""
     config = for_transformers(base.config)
     config.quantization_config = nf4(dtype).to_dict()

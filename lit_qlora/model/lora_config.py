@@ -26,11 +26,11 @@ MATCHED_IN_S, MATCHED_LAYERS = 20, 80
 
 _RANK, _LAYER = whole(1, LARGEST_COUNT), whole(0, LARGEST_COUNT)
 _NUMBER = Kind("a number", lambda value: type(value) in (int, float) and abs(value) <= 1e30)
-_NAMES = Kind("names", lambda value: all(isinstance(name, str) for name in _listed(value)))
-_LAYERS = Kind("numbers of layers", lambda value: all(map(_LAYER.holds, _listed(value))))
+_NAMES = Kind("names", lambda value: all(isinstance(name, str) for name in _as_list(value)))
+_LAYERS = Kind("numbers of layers", lambda value: all(map(_LAYER.holds, _as_list(value))))
 
 
-def _listed(value: Any) -> list[Any]:
+def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
@@ -173,7 +173,7 @@ def _check_patterns(folder: Path, config: Mapping[str, Any]) -> None:
     whole_names = (config.get(name) for name in ("target_modules", "exclude_modules"))
     given = [(r"({})\Z", [found]) for found in whole_names if isinstance(found, str)]
     given += [(r"(.*\.)?({})$", [*(config.get(name) or ())]) for name in ("rank_pattern", "alpha_pattern")]
-    given += [(r"(?:^|.*?\.){}\.(?P<idx>\d+)\.", _listed(config.get("layers_pattern") or []))]
+    given += [(r"(?:^|.*?\.){}\.(?P<idx>\d+)\.", _as_list(config.get("layers_pattern") or []))]
     patterns = [
         (one, form.replace("{}", one)) for form, found in given for one in found if not re.fullmatch(r"[\w.]*", one)
     ]

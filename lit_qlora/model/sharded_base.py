@@ -132,10 +132,10 @@ def _stored(stored: Mapping[str, Stored], name: str, device: torch.device) -> Pa
     beside = {match[2]: stored[match[0]] for match in filter(None, map(STATE.fullmatch, stored)) if match[1] == name}
     tensors = {key: torch.empty(0) if key in shared else read_tensor(value) for key, value in beside.items()}
     state = QuantState.from_dict(tensors, device)
-    return Packed(state, tuple(_part(one) for one in (stored[name], *(beside[key] for key in shared if key in beside))))
+    return Packed(state, tuple(map(_piece, (stored[name], *(beside[key] for key in shared if key in beside)))))
 
 
-def _part(stored: Stored) -> TensorPart:
+def _piece(stored: Stored) -> TensorPart:
     width = stored.value_bytes
 
     def read(first: int, count: int) -> Tensor:

@@ -144,7 +144,7 @@ def check_weights(base: Base) -> list[str]:
         if tensor and name in packed and is_linear(name) and tensor.num_values == math.prod(shape) // 2:
             continue
         if tensor is None or tensor.shape != shape or tensor.dtype not in FLOATS:
-            raise _differ(base, name, _words(tensor), str([*shape]))
+            raise _differ(base, name, _tensor_words(tensor), str([*shape]))
         if is_linear(name):
             plain.append(name.removesuffix(".weight"))
     _check_others(base, stored, expected)
@@ -156,7 +156,7 @@ def check_weights(base: Base) -> list[str]:
     return plain
 
 
-def _words(tensor: Stored | None) -> str:
+def _tensor_words(tensor: Stored | None) -> str:
     if tensor is None:
         return "missing"
     return f"{[*tensor.shape]}" + ("" if tensor.dtype in FLOATS else f" of {tensor.dtype}")
@@ -208,7 +208,7 @@ def _check_others(base: Base, stored: dict[str, Stored], expected: dict[str, tup
         if name.endswith(BUFFER) or (state and base.in_4_bits and state[1] in expected):
             continue
         if name != "lm_head.weight":
-            raise _differ(base, name, _words(stored[name]), "no such weight")
+            raise _differ(base, name, _tensor_words(stored[name]), "no such weight")
         if not _are_equal(stored[name], stored["model.embed_tokens.weight"]):
             raise base_error(
                 f"{base.name}: config.json says tie_word_embeddings, and the weights hold an "

@@ -78,19 +78,19 @@ class Mirror:
         check_no_file(self.parent)
         _check_mounted(self.parent)
         if self.run.path.resolve() in (self.copy.path.resolve(), *self.copy.path.resolve().parents):
-            raise _wrong(f"{self.copy.path} is in the run's own folder", "give a folder elsewhere")
+            raise _mirror_error(f"{self.copy.path} is in the run's own folder", "give a folder elsewhere")
         self._begin()
         if self.copy.has_begun() and self.copy.config.is_file():
             others = refused(self.copy.read_config(), config, lambda: are_same_rows(self.copy.rows))
             if others:
                 problem = f"{self.copy.path} belongs to another run: {'; '.join(map(str, others))}"
-                raise _wrong(problem, "give another --mirror, or another --run NAME")
+                raise _mirror_error(problem, "give another --mirror, or another --run NAME")
         checkpoint = self._ahead()
         if checkpoint:
             try:
                 self._restore(checkpoint)
             except OSError as error:
-                raise _wrong(f"{self.copy.path} can't be restored: {error}") from error
+                raise _mirror_error(f"{self.copy.path} can't be restored: {error}") from error
 
     def _begin(self) -> None:
         """Create the folder and its mark. Raises UserError where that fails, unless the copy was started before."""
@@ -110,7 +110,7 @@ class Mirror:
             if isinstance(error, UserError):
                 raise
             problem = f"{self.copy.path} can't be written: {error}"
-            raise _wrong(problem, "give another folder with --mirror, or none") from error
+            raise _mirror_error(problem, "give another folder with --mirror, or none") from error
 
     def start(self) -> None:
         """Start the background thread that waits for `push`."""
@@ -267,14 +267,14 @@ class Mirror:
         return self.copy.path / file.relative_to(self.run.path)
 
 
-def _wrong(problem: str, remedy: str | None = None) -> UserError:
+def _mirror_error(problem: str, remedy: str | None = None) -> UserError:
     return UserError(problem, option="mirror", remedy=remedy)
 
 
 def check_no_file(folder: Path) -> None:
     """Raises UserError if the ``folder`` of copies, which need not exist yet, is a file."""
     if folder.exists() and not folder.is_dir():
-        raise _wrong(f"{folder} is a file", "give a folder, which need not exist yet")
+        raise _mirror_error(f"{folder} is a file", "give a folder, which need not exist yet")
 
 
 def _check_mounted(folder: Path) -> None:
@@ -286,15 +286,15 @@ def _check_mounted(folder: Path) -> None:
     place = folder.resolve()
     for point in _mount_points():
         if point in (place, *place.parents) and not os.path.ismount(point):
-            raise _wrong(f"nothing is mounted at {point}", "mount the drive, or give another folder")
+            raise _mirror_error(f"nothing is mounted at {point}", "mount the drive, or give another folder")
     above = place.parent
     if not above.is_dir():
-        raise _wrong(f"there is no folder {folder.parent}", "mount the drive, or give another one")
+        raise _mirror_error(f"there is no folder {folder.parent}", "mount the drive, or give another one")
     # Colab's is mounted by now, and a new account's MyDrive is empty.
     is_drive = COLAB_DRIVE in place.parents or os.path.ismount(above)
     if not place.exists() and not any(above.iterdir()) and not is_drive:
         remedy = f"mount the drive that belongs there, or, if there is none, create {folder}"
-        raise _wrong(f"{folder.parent} is empty", remedy)
+        raise _mirror_error(f"{folder.parent} is empty", remedy)
 
 
 def _mount_points() -> Iterator[Path]:

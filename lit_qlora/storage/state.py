@@ -50,7 +50,7 @@ def save_state(state: dict, folder: Path) -> None:
     tensors: dict[str, torch.Tensor] = {}
     skeleton = {"version": STATE_VERSION, "state": _encode(state, "state", tensors)}
     try:
-        save_file(_apart(tensors), folder / TENSORS)
+        save_file(_unshared(tensors), folder / TENSORS)
     except SafetensorError as error:
         raise disk_error(error, folder / TENSORS) from error
     (folder / SKELETON).write_text(json.dumps(skeleton, allow_nan=False), encoding="ascii")
@@ -172,7 +172,7 @@ def _decode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
             raise ValueError(f"unknown tag {tag!r}")
 
 
-def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _unshared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Copy tensors that share memory, which safetensors refuses."""
     seen: set[int] = set()
     apart = {}

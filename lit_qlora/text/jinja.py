@@ -237,7 +237,7 @@ def _joined(parts: list[Any]) -> str:
     return "".join(map(str, parts))
 
 
-def _read(value: Any) -> Any:
+def _read_through(value: Any) -> Any:
     """What is compared, or a part of a text or list: it is read from one end to the other."""
     if hasattr(value, "__len__"):
         _left().work(len(value) // 1000)
@@ -275,7 +275,7 @@ def _width(value: Any) -> int:
     return len(value) if isinstance(value, str) else abs(value) if isinstance(value, int) else len(str(value))
 
 
-def _counted(items: Iterable[Any]) -> Iterator[Any]:
+def _counted_passes(items: Iterable[Any]) -> Iterator[Any]:
     """``items``, of which each is a pass through a loop."""
     room = _left()
     for item in items:
@@ -319,15 +319,15 @@ def _environment() -> jinja2.Environment:
     """The sandbox in which transformers renders chat templates, but for `Missing` and the bounds."""
     from transformers.utils import chat_template_utils
 
-    made = chat_template_utils._compile_jinja_template("").environment.overlay(undefined=Missing, finalize=_write)
+    made = chat_template_utils._compile_jinja_template("").environment.overlay(undefined=Missing, finalize=_written_out)
     made.__class__ = _Sandbox
     made.filters = {name: _check_filter(name, apply) for name, apply in made.filters.items()}
-    made.filters |= {_COUNTED: _counted, _SIZED: _sized, _JOINED: _joined, _READ: _read}
+    made.filters |= {_COUNTED: _counted_passes, _SIZED: _sized, _JOINED: _joined, _READ: _read_through}
     made.globals = {name: value for name, value in made.globals.items() if name in GLOBALS}
     return made  # type: ignore[no-any-return]
 
 
-def _write(value: Any) -> Any:
+def _written_out(value: Any) -> Any:
     if not isinstance(value, str):
         _left().measure(value)
     return _left().write(value)

@@ -109,7 +109,7 @@ class Llama2(PromptFormat):
             return []
         try:
             own = Template(source=of_base, tokens=self.tokens)
-            if _text(own.pieces(_SAMPLE)) == _text(self.of(own.spelled).pieces(_SAMPLE)):
+            if _joined_text(own.pieces(_SAMPLE)) == _joined_text(self.of(own.spelled).pieces(_SAMPLE)):
                 return []
         except (ValueError, UserError):  # no system text, or no use at all, which it says where it is asked for
             pass
@@ -152,5 +152,5 @@ def segments(conversation: Conversation) -> list[tuple[str, bool]]:
     return written
 
 
-def _text(pieces: list[Piece]) -> str:
+def _joined_text(pieces: list[Piece]) -> str:
     return "".join(piece.text for piece in pieces).replace(" ", "")

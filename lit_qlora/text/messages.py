@@ -276,7 +276,7 @@ def _said_in(
         return json.dumps(content, ensure_ascii=False), ()
     if not isinstance(content, str):
         keys = f"; its keys are {reprlib.repr([*row])}, expected 'content'" if content is None else ""
-        raise ValueError(f"{where}: the {_NAMES.get(role, role)}'s content is text, got {kind(content)}{keys}")
+        raise ValueError(f"{where}: the {_ROLE_NAMES.get(role, role)}'s content is text, got {kind(content)}{keys}")
     return _join_said("", [content], marks)
 
 
@@ -293,7 +293,7 @@ def _join_said(joint: str, texts: Sequence[str], marks: Sequence[str]) -> tuple[
     return joint.join(text for text, some in cleaned if text or not some), tuple(found)
 
 
-_NAMES = {"call": "assistant", "result": "tool"}
+_ROLE_NAMES = {"call": "assistant", "result": "tool"}
 
 
 def _type_of(part: Any) -> str | None:

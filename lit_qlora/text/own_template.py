@@ -235,12 +235,12 @@ class Template(PromptFormat):
     @property
     def version(self) -> str:
         """The beginning of its sha256."""
-        return f"sha256 {_digest(self.source)[:12]}"
+        return f"sha256 {_sha256(self.source)[:12]}"
 
     @property
     def identity(self) -> str:
         """Its name, and the sha256 of the template."""
-        return f"{self.name} {_digest(self.source)}"
+        return f"{self.name} {_sha256(self.source)}"
 
     @property
     def cache_key(self) -> tuple[Any, ...]:
@@ -304,7 +304,7 @@ class Template(PromptFormat):
     def record(self) -> dict[str, str]:
         """All of the template, so that no other can be taken by mistake."""
         named, *rest = super().record().items()
-        return dict([named, ("template", self.source), ("template_sha256", _digest(self.source)), *rest])
+        return dict([named, ("template", self.source), ("template_sha256", _sha256(self.source)), *rest])
 
     @classmethod
     def recorded(cls, record: Mapping[str, Any], place: str) -> Self:
@@ -312,9 +312,9 @@ class Template(PromptFormat):
         source, expected = record.get("template"), record.get("template_sha256")
         if source is None or expected is None:
             raise UserError("its prompt format is a Jinja template, and there is none", place=place)
-        if _digest(source) != expected:
+        if _sha256(source) != expected:
             raise UserError(
-                f"its prompt template was altered: expected sha256 {expected[:12]}, found {_digest(source)[:12]}",
+                f"its prompt template was altered: expected sha256 {expected[:12]}, found {_sha256(source)[:12]}",
                 place=place,
                 remedy="take an adapter that is as it was saved",
             )
@@ -446,24 +446,24 @@ class Template(PromptFormat):
         lead, mark, rest = whole[start:].partition(marks[turn])
         if lead.strip():
             raise ValueError(
-                f"the prompt for turn {turn} is to go up to the answer, and lacks {_shown(lead)}; write that where "
+                f"the prompt for turn {turn} is to go up to the answer, and lacks {_readable(lead)}; write that where "
                 "add_generation_prompt is set, too"
             )
         if not prompt or prompt[-1] in " \t":
             raise ValueError(
                 f"the prompt for turn {turn} is to end in no space, for a word's token brings its own, and ends in "
-                f"{_shown(prompt, at_end=True)}; write the space before the assistant's content instead"
+                f"{_readable(prompt, at_end=True)}; write the space before the assistant's content instead"
             )
         end = self._token.search(rest)
         if end is None or end[0] == self.spelled.bos != self.spelled.eos:
             raise ValueError(
                 f"the answer that is turn {turn} is to end in EOS, or the model never learns to stop: after it comes "
-                f"{_shown(rest)}; write {{{{ eos_token }}}} right after the assistant's content"
+                f"{_readable(rest)}; write {{{{ eos_token }}}} right after the assistant's content"
             )
         if (tail := rest[: end.start()]).strip():
             raise ValueError(
                 f"between the answer that is turn {turn} and its EOS may stand nothing, for it would be shown as part "
-                f"of each answer, and {_shown(tail)} does; write {{{{ eos_token }}}} in its place"
+                f"of each answer, and {_readable(tail)} does; write {{{{ eos_token }}}} in its place"
             )
         return start, start + len(lead) + len(mark) + end.end()
 
@@ -505,7 +505,7 @@ class Template(PromptFormat):
         return jinja.render(self._compiled, messages, *self.spelled[:2], add_generation_prompt)
 
 
-def _digest(source: str) -> str:
+def _sha256(source: str) -> str:
     return hashlib.sha256(source.encode()).hexdigest()
 
 
@@ -514,7 +514,7 @@ def _mark(turn: int) -> str:
     return f"\ue000{turn}\ue001"
 
 
-def _shown(text: str, at_end: bool = False) -> str:
+def _readable(text: str, at_end: bool = False) -> str:
     readable = _MARK.sub(lambda mark: f"({turn_name(int(mark[1]))})", text)
     if len(readable) <= LONGEST_PART:
         return repr(readable)
@@ -526,4 +526,4 @@ def _difference(expected: str, came: str) -> str:
     pairs = enumerate(zip(expected, came, strict=False))
     same = next((index for index, (one, other) in pairs if one != other), min(len(expected), len(came)))
     start = max(0, same - LONGEST_PART // 3)
-    return f"expected {_shown(expected[start:])}, got {_shown(came[start:])}"
+    return f"expected {_readable(expected[start:])}, got {_readable(came[start:])}"

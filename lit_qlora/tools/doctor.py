@@ -222,7 +222,7 @@ def _choices(base: Any, options: Any, fit: list[str]) -> Iterator[Finding]:
     from lit_qlora.command import complete
     from lit_qlora.forecast.words import kept_words
     from lit_qlora.tools import plan
-    from lit_qlora.tools.planning.report import verdict
+    from lit_qlora.tools.planning.words import verdict
 
     forecast = plan.PlanCLI.of(complete(["plan", *fit])).found.forecast
     found = verdict(forecast)

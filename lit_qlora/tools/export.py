@@ -65,7 +65,7 @@ def export(
     chosen = None if model else choose_adapter(run, adapter, base)
     source = chosen.base if chosen else find_base(str(model))
     if not chosen:
-        _check_files(source)
+        _check_convertible(source)
     _check_tokenizer(source)
     script, dtype = find_converter(), MERGED_IN[outtype]
     bytes_per_weight = BYTES_PER_WEIGHT[outtype] + (BYTES[dtype] if chosen else 0)
@@ -116,7 +116,7 @@ def _check_tokenizer(base: Base) -> None:
         )
 
 
-def _check_files(base: Base) -> None:
+def _check_convertible(base: Base) -> None:
     """Raises UserError for a merged model that the converter can't read, or would read in another way."""
     if base.in_4_bits:
         problem = f"{base.name} is in 4 bits, which llama.cpp can't convert"

@@ -16,8 +16,8 @@ from lit_qlora.model.device import AMPERE, Device
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.ranges import check_ranges
 from lit_qlora.storage.reach import offline
-from lit_qlora.tools.planning.report import Plan, plan_lines
-from lit_qlora.tools.planning.rows import find_rows
+from lit_qlora.tools.planning.lengths import find_rows
+from lit_qlora.tools.planning.words import Plan, plan_lines
 from lit_qlora.training import DryCLI
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from lit_qlora.console import complain, note, progress_bar
-from lit_qlora.data.files import ARROW, COMPRESSED, ENDINGS, Row
 from lit_qlora.data.forms import check_columns
 from lit_qlora.data.records import Counts
 from lit_qlora.data.row import read_row
+from lit_qlora.data.row_files import ARROW, COMPRESSED, ENDINGS, Row
 from lit_qlora.data.sources import Source, SourceOption, find_splits, matching, read_source, sources_of
 from lit_qlora.data.splits import FILES
 from lit_qlora.errors import UserError, require
@@ -79,7 +79,7 @@ def predict(
     rows = read_prompts(prompts, columns)  # a wrong one is reported first
     answerer = Answerer(choose_adapter(run, adapter, base))
     questions = open_prompts(rows, answerer.encoder.prompt_format, columns)
-    ids = [_encode(answerer, where, conversation, sampling) for where, conversation in questions]
+    ids = [_prompt_ids(answerer, where, conversation, sampling) for where, conversation in questions]
     belongs_to = _belongs_to(answerer, ids, sampling, batch_size)
     if unfinished.is_whole(belongs_to):
         these = "this answer" if len(ids) == 1 else f"these {len(ids):,} answers"
@@ -175,7 +175,7 @@ def _belongs_to(answerer: Answerer, ids: list[list[int]], sampling: Sampling, ba
     }
 
 
-def _encode(answerer: Answerer, where: str, conversation: Conversation, sampling: Sampling) -> list[int]:
+def _prompt_ids(answerer: Answerer, where: str, conversation: Conversation, sampling: Sampling) -> list[int]:
     try:
         return answerer.prompt(conversation, sampling)
     except UserError as error:
@@ -233,7 +233,7 @@ def read_prompts(prompts: SourceOption, columns: Mapping[str, str] | None = None
     for source in sources_of(prompts, "prompts"):
         require(source.share == 1, "prompts.share", "none: it is of rows to train on", source.share)
         require(source.columns is None, "prompts.columns", "none: --columns names them", source.columns)
-        rows += _rows_of(source, [*(columns or {}).values()])
+        rows += _prompt_rows(source, [*(columns or {}).values()])
     for row in rows:
         if row.fault:
             raise row.fault
@@ -242,7 +242,7 @@ def read_prompts(prompts: SourceOption, columns: Mapping[str, str] | None = None
     return rows
 
 
-def _rows_of(source: Source, columns: Sequence[str]) -> list[Row]:
+def _prompt_rows(source: Source, columns: Sequence[str]) -> list[Row]:
     path = Path(source.path).expanduser()
     if path.suffix.lower() == ".txt" and not source.is_on_hub:
         files = [] if path.exists() else matching(path)

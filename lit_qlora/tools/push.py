@@ -42,7 +42,7 @@ def push(
         yes: send without asking.
     """
     quieten()
-    source = _source(run, adapter, folder)
+    source = _folder_to_push(run, adapter, folder)
     kind, sizes = _verified(source)
     contents = _contents(source, sizes, to)
     hub = Hub(to, public)
@@ -54,7 +54,7 @@ def push(
         print("nothing was sent")
 
 
-def _source(run: str | None, adapter: str | None, folder: str | None) -> Path:
+def _folder_to_push(run: str | None, adapter: str | None, folder: str | None) -> Path:
     given = [(name, value) for name, value in (("run", run), ("adapter", adapter), ("folder", folder)) if value]
     if len(given) > 1:
         (first, other), (second, value) = given[:2]

@@ -11,7 +11,7 @@ from lit_qlora.data.datamodule import ChatDataModule
 from lit_qlora.data.encode import Encoder
 from lit_qlora.data.tokenizer import load_tokenizer
 from lit_qlora.text.formats import chosen
-from lit_qlora.tools.inspecting.look import _read
+from lit_qlora.tools.inspecting.look import _judge_part
 from lit_qlora.tools.inspecting.verdict import Judge, _as_batched
 from tests.data.talks import said
 from tests.small_bases import CHATML, TOKENIZERS, save_tokenizer
@@ -194,7 +194,7 @@ def test_how_many_answers_are_context_only_is_reported(tmp_path, monkeypatch):
         "train: 10 earlier answers", "validation: 2 earlier answers",
     ]  # fmt: skip
     data.trainer, faults = None, []
-    parts = [_read(data, name, Judge(data.encoder), faults)[0] for name in ("train", "validation")]
+    parts = [_judge_part(data, name, Judge(data.encoder), faults)[0] for name in ("train", "validation")]
     assert ([part.dropped[-1][0] for part in parts], faults) == ([10, 2], [])
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from lit_qlora import demo
 from lit_qlora.data import sources
-from lit_qlora.data.files import Row
+from lit_qlora.data.row_files import Row
 from lit_qlora.data.sources import Source, as_text, sources_of
 from lit_qlora.errors import UserError
 

@@ -22,7 +22,7 @@ from lit_qlora.model.lora import adapter_parameters
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.model.pointwise import EAGER, compiled
 from lit_qlora.model.weights import check_weights
-from lit_qlora.storage.shards import write_shards
+from lit_qlora.storage.weight_files import write_shards
 from lit_qlora.tools.merging.arithmetic import LoraWeights, StoredWeights, merged_tensors
 from lit_qlora.tools.merging.streamed import streamed_logits
 from tests.model.test_decoder import INPUTS, forward_and_gradients, in_fp64, ours, plain, relative_errors

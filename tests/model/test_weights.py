@@ -18,7 +18,7 @@ from lit_qlora.model.fingerprint import fingerprint
 from lit_qlora.model.load import load_base
 from lit_qlora.model.weights import check_weights, fetch, stored_tensors
 from lit_qlora.storage.folders import INDEX, ONE_FILE
-from lit_qlora.storage.shards import write_shards
+from lit_qlora.storage.weight_files import write_shards
 from lit_qlora.tools.merging.arithmetic import StoredWeights
 from lit_qlora.tools.merging.streamed import streamed_logits
 from tests.expect import check_line

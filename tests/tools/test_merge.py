@@ -22,7 +22,7 @@ from lit_qlora.model.base import find_base
 from lit_qlora.model.generate import Sampling
 from lit_qlora.model.weights import stored_tensors
 from lit_qlora.quiet import quieten
-from lit_qlora.storage import shards
+from lit_qlora.storage import weight_files
 from lit_qlora.storage.folders import verify_folder
 from lit_qlora.storage.run import RunFolder
 from lit_qlora.text.conversation import Conversation, Turn
@@ -30,7 +30,7 @@ from lit_qlora.tools import merge
 from lit_qlora.tools.answering.answerer import Answerer, choose_adapter
 from lit_qlora.tools.merging import compare
 from lit_qlora.tools.merging.arithmetic import LoraWeights, as_trained
-from lit_qlora.tools.merging.folder import _is_of
+from lit_qlora.tools.merging.folder import _lies_in
 from tests.answers import answers
 from tests.expect import check_line
 
@@ -233,7 +233,7 @@ def test_no_verb_follows_what_a_base_says_of_code(run, odd_base, tmp_path, capsy
 
 @pytest.mark.parametrize(("dtype", "largest"), [("float16", 0.05), ("bfloat16", 0.5)])
 def test_16_bits_in_several_files(run, tmp_path, monkeypatch, capsys, dtype, largest):
-    monkeypatch.setattr(shards.write_shards, "__defaults__", (2**20,))
+    monkeypatch.setattr(weight_files.write_shards, "__defaults__", (2**20,))
     target = tmp_path / "out"
     assert main(["merge", "--run", str(run), "--output", str(target), "--dtype", dtype]) == 0
     assert len(list(target.glob("model-*.safetensors"))) >= 4
@@ -286,7 +286,7 @@ def test_a_disk_that_fills_up_on_the_way(run, tmp_path, capsys, monkeypatch):
     def full(*args, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shards, "save_file", full)
+    monkeypatch.setattr(weight_files, "save_file", full)
     told = refusal(capsys, "--run", run, "--output", tmp_path / "out")
     assert told.startswith(f"error: output: {tmp_path / 'out'} can't be written: ")
     assert "No space left on device" in told
@@ -385,5 +385,5 @@ def test_a_link_to_elsewhere_is_no_file_of_the_base(tmp_path):
     (cache / "snapshots" / "1" / "file").symlink_to("../../blobs/2")
     (cache / "snapshots" / "1" / "out").symlink_to("../../../secret")
     snapshot = cache / "snapshots" / "1"
-    found = [_is_of(base, base / name) for name in ("own", "in", "out")]
-    assert found + [_is_of(snapshot, snapshot / name) for name in ("file", "out")] == [True, True, False, True, False]
+    found = [_lies_in(base, base / name) for name in ("own", "in", "out")]
+    assert found + [_lies_in(snapshot, snapshot / name) for name in ("file", "out")] == [True, True, False, True, False]

@@ -29,8 +29,8 @@ _KINDS = {
 }
 """The kinds of values of the page's components."""
 
-_NAME = Kind("a page's", lambda value: isinstance(value, str) and bool(re.fullmatch(r"[A-Za-z0-9_-]{1,100}", value)))
-_NAMES = {"session_hash": _NAME, "event_id": _NAME, "fn_index": whole(0, 999)}
+_PAGE_ID = Kind("a page's", lambda value: isinstance(value, str) and bool(re.fullmatch(r"[A-Za-z0-9_-]{1,100}", value)))
+_OF_CALL = {"session_hash": _PAGE_ID, "event_id": _PAGE_ID, "fn_index": whole(0, 999)}
 _HOST = re.compile(r"[\w.:,\[\] -]{1,300}", re.ASCII)
 _HOSTS = (b"host", b"x-forwarded-host", b"x-forwarded-proto")
 _POST = "a call of the page"
@@ -111,10 +111,10 @@ def check_call(body: bytes, fields: Mapping[int, Sequence[str]]) -> dict[str, An
     """
     call = _object(body)
     known = Kind("a function of the page", lambda value: type(value) is int and value in fields)
-    number, session = _value(call, "fn_index", known), _value(call, "session_hash", _NAME)
+    number, session = _checked_value(call, "fn_index", known), _checked_value(call, "session_hash", _PAGE_ID)
     kinds = fields[number]
     values = Kind(f"a list of {len(kinds)} values", lambda value: isinstance(value, list) and len(value) == len(kinds))
-    data = _value(call, "data", values)
+    data = _checked_value(call, "data", values)
     for index, (kind, value) in enumerate(zip(kinds, data, strict=True)):
         check(_POST, f"data[{index}]", _KINDS[kind], value)
     data = [None if kind == "state" else value for kind, value in zip(kinds, data, strict=True)]
@@ -134,10 +134,10 @@ def check_end(body: bytes) -> dict[str, Any]:
         UserError: for anything else.
     """
     call = _object(body)
-    return {name: _value(call, name, kind) for name, kind in _NAMES.items() if name in call}
+    return {name: _checked_value(call, name, kind) for name, kind in _OF_CALL.items() if name in call}
 
 
-def _value(call: Mapping[str, Any], name: str, kind: Kind) -> Any:
+def _checked_value(call: Mapping[str, Any], name: str, kind: Kind) -> Any:
     check(_POST, name, kind, call.get(name))
     return call.get(name)
 

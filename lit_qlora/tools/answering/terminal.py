@@ -106,16 +106,16 @@ class Terminal(Dialog):
         print()
         if self._stopped or not answer.stopped:
             print("(stopped)" if self._stopped else cut_note(self.sampling))
-        self._tell(self.remember(question, answer))
+        self._print_note(self.remember(question, answer))
 
-    def _tell(self, note: str) -> None:
+    def _print_note(self, note: str) -> None:
         if note:
             print(note)
 
     def _fitting(self, turns: list[Turn]) -> Conversation:
         """The conversation to ask; prints a notice if it loses first turns."""
         fitting, note = self.fitting(turns)
-        self._tell(note)
+        self._print_note(note)
         return fitting
 
     def _answer(self, conversation: Conversation, show: Callable[[str], None]) -> Answer:
@@ -162,7 +162,7 @@ class Terminal(Dialog):
                 of_adapter = answer
         print(two_columns(("adapter", texts[0]), ("base", texts[1]), get_terminal_size().columns))
         if question:
-            self._tell(self.remember(question, of_adapter))
+            self._print_note(self.remember(question, of_adapter))
 
     def _save(self, name: str) -> None:
         if not self.turns:

@@ -121,7 +121,7 @@ class Unfinished:
             self._file.truncate(0)
             self._write(belongs_to)
             return {}
-        if (was := _parsed(header)) != belongs_to:
+        if (was := _parsed_line(header)) != belongs_to:
             raise UserError(
                 f"{self.target} was begun with other settings ({_differences(was, belongs_to)})",
                 option="output",
@@ -129,7 +129,7 @@ class Unfinished:
             )
         batches, whole_bytes = {}, len(header)
         for line in self._file:
-            row = _parsed(line)
+            row = _parsed_line(line)
             if row is None or not line.endswith(b"\n"):
                 break
             batches[row[0]] = row[1]
@@ -154,7 +154,7 @@ def _digest(output: bytes) -> str:
     return hashlib.sha256(output).hexdigest()[:12]
 
 
-def _parsed(line: bytes) -> Any:
+def _parsed_line(line: bytes) -> Any:
     try:
         return parse_json(line)
     except ValueError:

@@ -220,11 +220,11 @@ class Page:
             tab.sampling = _sampling(tab.sampling, *settings)
             conversation, note = tab.fitting([*tab.turns, Turn("user", question)])
         except UserError as error:
-            return {self._tab: tab, **self._tell(str(error))}
+            return {self._tab: tab, **self._with_note(str(error))}
         tab.for_adapter = tab.for_base = WebQuestion(question, conversation, tab.sampling)
         add_message(tab.of_adapter, "user", question)
         add_message(tab.of_adapter, "assistant", note)
-        return {self._tab: tab, **self._tell(""), **self._ready(False, value="")}
+        return {self._tab: tab, **self._with_note(""), **self._ready(False, value="")}
 
     def _compare(self, tab: Tab | None, compares: bool) -> Updates:
         """Show or hide the column of the base; shown, it gets the answer to the last question."""
@@ -240,9 +240,9 @@ class Page:
             tab.forget()
             tab.of_adapter, tab.of_base, tab.for_base = [], [], None
         shown = tab.shown if tab else ([], [])
-        return {**self._tell(""), self._of_adapter: shown[0], self._of_base: shown[1]}
+        return {**self._with_note(""), self._of_adapter: shown[0], self._of_base: shown[1]}
 
-    def _tell(self, problem: str) -> Updates:
+    def _with_note(self, problem: str) -> Updates:
         return {self._notice: self._update(value=escape(problem), visible=bool(problem))}
 
     def _ready(self, ready: bool, **question: str) -> Updates:

@@ -136,7 +136,7 @@ def look(trainer: Any, data: ChatDataModule, num_shown: int, shown_row: str | No
     parts, found, in_batches = list[Part](), list[Found](), list[list[_Row | None]]()
     judge = Judge(data.encoder)
     for name in PARTS:
-        part, rows = _read(data, name, judge, found)
+        part, rows = _judge_part(data, name, judge, found)
         parts.append(part)
         in_batches.append(rows)
     shown = [
@@ -161,7 +161,7 @@ class _Row(NamedTuple):
         return Batched(self.ids.tolist(), self.learned.tolist())
 
 
-def _read(data: ChatDataModule, name: str, judge: Judge, found: list[Found]) -> tuple[Part, list[_Row | None]]:
+def _judge_part(data: ChatDataModule, name: str, judge: Judge, found: list[Found]) -> tuple[Part, list[_Row | None]]:
     """Count a part's rows, and add their faults to ``found``; also return them, by conversation."""
     records, encoded = data.rows(name)
     sources = [(one.name, len(one.conversations), len(one.left_out)) for one in records.parts]
@@ -175,7 +175,7 @@ def _read(data: ChatDataModule, name: str, judge: Judge, found: list[Found]) -> 
             kind = "nothing" if reason == NOTHING_ANSWERED else "unread"
             found.append(Found(where, Fault(kind, reason)))
     loader = data.train_dataloader() if name == "train" else data.val_dataloader()
-    by_row = {number: row for batch in loader for number, row in _rows_of(batch, encoded.lengths)}
+    by_row = {number: row for batch in loader for number, row in _batch_rows(batch, encoded.lengths)}
     named = [token for token in judge.encoder.prompt_format.spelled.all if len(token) >= SHORTEST_MARK]
     spelled = re.compile("|".join(map(re.escape, named)) or r"(?!)")
     rows, number = list[_Row | None](), 0
@@ -211,7 +211,7 @@ def _losses_of(records: Records) -> list[tuple[int, str]]:
     return [*of_sources, *((count, what) for what, count in records.dropped.items() if what not in known)]
 
 
-def _rows_of(batch: Batch, lengths: Sequence[int]) -> Iterator[tuple[int, _Row]]:
+def _batch_rows(batch: Batch, lengths: Sequence[int]) -> Iterator[tuple[int, _Row]]:
     """The rows of a batch by their numbers, as the loss sees them: without padding, unless some of it is learned."""
     ids = batch.input_ids.flatten().clone()
     learned = torch.zeros(len(ids), dtype=torch.bool)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from lit_qlora.columns import columns, in_column, lines_of, printable, shortened
 from lit_qlora.console import WIDTH
 from lit_qlora.data.faults import KINDS
-from lit_qlora.data.files import split_place
+from lit_qlora.data.row_files import split_place
 from lit_qlora.data.view import Token, stretches
 from lit_qlora.tools.inspecting.look import Batching, Found, Look, Part, Shown
 from lit_qlora.tools.inspecting.verdict import FAULT_REMEDIES
@@ -63,7 +63,7 @@ def inspection_lines(seen: Look, accepted: Collection[str], colour: bool = False
         yield from part
         yield ""
     for row in seen.shown:
-        yield from _row(row, colour, whole)
+        yield from _row_lines(row, colour, whole)
     if seen.shown:
         yield f"  {LEGEND}"
         yield ""
@@ -238,7 +238,7 @@ def title_of(row: Shown) -> tuple[str, str]:
     return printable(row.where), f"({row.part}): {len(row.tokens):,} tokens, {learned:,} learned"
 
 
-def _row(row: Shown, colour: bool, whole: bool) -> Iterator[str]:
+def _row_lines(row: Shown, colour: bool, whole: bool) -> Iterator[str]:
     yield from _placed(*title_of(row))
     for learned, run in stretches(row.tokens):
         label = "learned" if learned else "ignored"
@@ -312,7 +312,7 @@ def _verdict(seen: Look, accepted: Collection[str], colour: bool) -> Iterator[st
         for one in found[:NAMED_IN_TERMINAL]:
             yield from _placed(f"    {printable(one.where)}:", one.fault.words)
         if len(found) > NAMED_IN_TERMINAL:
-            yield from _wrapped(f"also {_numbers(one.where for one in found[NAMED_IN_TERMINAL:])}", "    ")
+            yield from _wrapped(f"also {_row_numbers(one.where for one in found[NAMED_IN_TERMINAL:])}", "    ")
         yield from _wrapped(FAULT_REMEDIES[kind], "    ")
     words = f"verdict: {verdict_in_words(seen, accepted)}"
     code = RED if by_kind(seen.found, accepted) else GREEN
@@ -320,7 +320,7 @@ def _verdict(seen: Look, accepted: Collection[str], colour: bool) -> Iterator[st
         yield _painted(line, f"{BOLD};{code}") if colour else line
 
 
-def _numbers(places: Iterable[str]) -> str:
+def _row_numbers(places: Iterable[str]) -> str:
     """The numbers of rows behind the names of their files, not all of very many."""
     by_file = defaultdict[str, list[str]](list)
     for place in dict.fromkeys(places):

@@ -41,7 +41,7 @@ class StoredWeights:
         )
 
     def __getitem__(self, name: str) -> Tensor:
-        return _read(self._files[name], name)
+        return _read_weight(self._files[name], name)
 
     def state(self, name: str) -> dict[str, str]:
         """The names of the tensors beside a 4-bit weight, by their last parts; empty for any other weight."""
@@ -99,17 +99,17 @@ class LoraWeights:
         part = name.removesuffix(".weight")
         if f"{part}.lora_A" not in self._keys:
             return weight
-        a, b = (_read(self._file, self._keys[f"{part}.lora_{kind}"]).to(weight) for kind in "AB")
+        a, b = (_read_weight(self._file, self._keys[f"{part}.lora_{kind}"]).to(weight) for kind in "AB")
         rank = a.shape[0]
         alpha = lora_config.alpha_of(self._config, part)
         merged = weight + alpha / (rank**0.5 if self._config.get("use_rslora") else rank) * (b @ a)
         key = self._keys.get(f"{part}.lora_magnitude_vector")
         if key is not None:
-            merged *= (_read(self._file, key).to(weight) / merged.norm(dim=1))[:, None]
+            merged *= (_read_weight(self._file, key).to(weight) / merged.norm(dim=1))[:, None]
         return merged
 
 
-def _read(file: Path, name: str) -> Tensor:
+def _read_weight(file: Path, name: str) -> Tensor:
     with safe_open(file, framework="pt") as tensors:
         return tensors.get_tensor(name)  # type: ignore[no-any-return]
 

@@ -25,7 +25,7 @@ from lit_qlora.model.lora import read_record
 from lit_qlora.storage.files import size
 from lit_qlora.storage.folders import CARD, write_folder
 from lit_qlora.storage.run import RECORD
-from lit_qlora.storage.shards import write_shards
+from lit_qlora.storage.weight_files import write_shards
 from lit_qlora.text.conversation import Conversation
 from lit_qlora.tools.answering.answerer import ResolvedAdapter
 from lit_qlora.tools.merge import BYTES, DType, Onto
@@ -59,7 +59,7 @@ def write_merged(target: Path, chosen: ResolvedAdapter, dtype: DType, onto: Onto
         weights = StoredWeights(chosen.base)
         tensors = merged_tensors(weights, lora, onto, trained_in, device)
         tensors = counted("merge", tensors, len(weights.names), " weights")
-        num_bytes = write_shards(folder, ((name, _stored(name, value, dtype)) for name, value in tensors))
+        num_bytes = write_shards(folder, ((name, _in_dtype(name, value, dtype)) for name, value in tensors))
         _write_config(folder, chosen.base, encoder, dtype)
         made_of = {"base": chosen.base.public_name, "onto": onto, "system": None, **encoder.prompt_format.record()}
         (folder / RECORD).write_text(json.dumps(made_of, indent=2), encoding="utf-8")
@@ -95,7 +95,7 @@ def _trained_in(record: dict[str, Any]) -> torch.dtype:
     return compute_dtype(choose_precision("auto", current_device())[0])
 
 
-def _stored(name: str, value: Tensor, dtype: DType) -> Tensor:
+def _in_dtype(name: str, value: Tensor, dtype: DType) -> Tensor:
     """A weight in the output's dtype."""
     value = value.to(getattr(torch, dtype)).contiguous()
     if not value.isfinite().all():
@@ -117,7 +117,7 @@ def _write_tokenizer(folder: Path, base: Base, encoder: Encoder, texts: list[Con
     """Write the base's tokenizer, with a chat template that gives the ids of training."""
     for name in BESIDE:
         file = file_of(base.location, name)
-        if file and Path(base.location).is_dir() and not _is_of(Path(base.location), file):
+        if file and Path(base.location).is_dir() and not _lies_in(Path(base.location), file):
             say("merge", f"{name} of the base is a link to elsewhere, and is not copied")
         elif file:
             shutil.copyfile(file, folder / name)
@@ -125,7 +125,7 @@ def _write_tokenizer(folder: Path, base: Base, encoder: Encoder, texts: list[Con
     check_template(folder, encoder, [Conversation(text.turns[:-1], text.system) for text in texts])
 
 
-def _is_of(folder: Path, file: Path) -> bool:
+def _lies_in(folder: Path, file: Path) -> bool:
     """True if ``file``, links followed, lies in ``folder`` or its hub cache: a stranger's link may lead anywhere."""
     home, target = folder.resolve(), file.resolve()
     blobs = [home.parents[1] / "blobs"] if home.parent.name == "snapshots" else []

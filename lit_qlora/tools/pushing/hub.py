@@ -57,7 +57,7 @@ class Hub:
             )
         self.to, self.public = to, public
         self._api = HfApi(token=token)
-        with _in_one_line(to, token):
+        with _hub_errors(to, token):
             account = self._api.whoami()
         self._token = token
         self.account = str(account["name"])
@@ -69,7 +69,7 @@ class Hub:
         """The repository on the hub; None if there is none, or none visible to this account."""
         from huggingface_hub.errors import RepositoryNotFoundError
 
-        with _in_one_line(self.to, self._token):
+        with _hub_errors(self.to, self._token):
             try:
                 return self._api.model_info(self.to)
             except RepositoryNotFoundError:
@@ -135,7 +135,7 @@ class Hub:
 
         if sys.stderr.isatty():
             enable_progress_bars()
-        with _in_one_line(self.to, self._token):
+        with _hub_errors(self.to, self._token):
             if self._there is None:
                 self._api.create_repo(self.to, private=not self.public, exist_ok=True)
         before = self._look()
@@ -143,7 +143,7 @@ class Hub:
             raise UserError(
                 f"{self.to} is not as it was asked for", option="to", remedy="nothing was sent, check it on the hub"
             )
-        with _in_one_line(self.to, self._token):
+        with _hub_errors(self.to, self._token):
             operations = [CommitOperationAdd(name, part) for name, part in contents.items()]
             self._api.preupload_lfs_files(self.to, operations, free_memory=False)
             check()
@@ -155,7 +155,7 @@ class Hub:
 
 
 @contextmanager
-def _in_one_line(to: str, token: str) -> Iterator[None]:
+def _hub_errors(to: str, token: str) -> Iterator[None]:
     """Raises UserError for any error of the hub's library, whose classes depend on its version."""
     try:
         yield

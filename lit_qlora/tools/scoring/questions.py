@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from lit_qlora.data.files import SourceError, read_cells
+from lit_qlora.data.row_files import SourceError, read_cells
 from lit_qlora.errors import UserError, excerpt
 from lit_qlora.text.conversation import Conversation, Turn
 
@@ -66,10 +66,10 @@ def read_subjects(option: str, place: str) -> list[Subject]:
     if not files:
         remedy = "give MMLU's folder test (for examples, dev) or a file"
         raise UserError(f"no .csv file in {place}", option=option, remedy=remedy)
-    return [Subject(SPLIT.sub("", file.stem), _read(file), bool(SPLIT.search(file.stem))) for file in files]
+    return [Subject(SPLIT.sub("", file.stem), _questions_in(file), bool(SPLIT.search(file.stem))) for file in files]
 
 
-def _read(path: Path) -> tuple[Question, ...]:
+def _questions_in(path: Path) -> tuple[Question, ...]:
     if path.suffix.lower() != ".csv":
         raise SourceError(path, f"the ending is {path.suffix!r}, expected .csv", "convert the file")
     rows = read_cells(path)

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from lit_qlora.storage.shards import write_shards
+from lit_qlora.storage.weight_files import write_shards
 
 WEIGHTS = {
     name: torch.full((8,), float(value), dtype=torch.float16) for value, name in enumerate("abcdefg")

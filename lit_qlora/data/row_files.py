@@ -110,9 +110,9 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[Row]:
     if ending in (".parquet", ARROW):
         rows = list(_table_rows(path, data, ending))
     elif ending == ".csv":
-        rows = list(_csv_rows(path, _decode(path, data), columns))
+        rows = list(_csv_rows(path, _text_of(path, data), columns))
     else:
-        rows = _json_rows(path, _decode(path, data), columns)
+        rows = _json_rows(path, _text_of(path, data), columns)
     if not rows:
         raise SourceError(path, f"holds no rows, expected some such as {EXAMPLE}", "check how it was made")
     return rows
@@ -169,7 +169,7 @@ def _unpack_zst(data: bytes) -> bytes:
         return bytes(stream.read())
 
 
-def _decode(path: Path, data: bytes) -> str:
+def _text_of(path: Path, data: bytes) -> str:
     if not data.strip(b"\0"):
         raise SourceError(path, "holds nothing but NUL bytes: it was cut off while it was written", "copy it again")
     if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:2]:
@@ -212,17 +212,17 @@ _JSON = json.JSONDecoder(object_pairs_hook=_once)
 
 def _json_rows(path: Path, text: str, columns: Sequence[str]) -> list[Row]:
     try:
-        values = list(_values(text))
+        values = list(_json_values(text))
     except (ValueError, RecursionError) as error:
-        return _lines(path, text, error)
+        return _valid_lines(path, text, error)
     if len(values) == 1:
         listed = _list_of_rows(path, values[0][1], columns)
         if listed is not None:
-            return [_row(f"{path}: row {number}", row) for number, row in enumerate(listed, start=1)]
-    return [_row(f"{path}:{line}", value) for line, value in values]
+            return [_row_at(f"{path}: row {number}", row) for number, row in enumerate(listed, start=1)]
+    return [_row_at(f"{path}:{line}", value) for line, value in values]
 
 
-def _values(text: str) -> Iterator[tuple[int, Any]]:
+def _json_values(text: str) -> Iterator[tuple[int, Any]]:
     """The consecutive values in ``text``, each with the line of its start."""
     end, line, counted = 0, 1, 0
     while True:
@@ -238,14 +238,14 @@ def _values(text: str) -> Iterator[tuple[int, Any]]:
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
-def _lines(path: Path, text: str, error: Exception) -> list[Row]:
+def _valid_lines(path: Path, text: str, error: Exception) -> list[Row]:
     """The rows of a file that is not JSON as a whole, because of ``error``: those of its valid lines, and faults."""
     rows = []
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             where = f"{path}:{number}"
             try:
-                rows.append(_row(where, _JSON.decode(line)))
+                rows.append(_row_at(where, _JSON.decode(line)))
             except (ValueError, RecursionError) as fault:
                 rows.append(Row(where, {}, _no_json(where, line, fault, "mend or delete the line")))
     place = getattr(error, "lineno", 1 if len(rows) == 1 else None)
@@ -319,7 +319,7 @@ def read_cells(path: Path) -> list[tuple[str, list[str]]]:
 
     Raises SourceError when the file can't be read or is no CSV.
     """
-    return list(_csv_cells(path, _decode(path, _unpacked(path))))
+    return list(_csv_cells(path, _text_of(path, _unpacked(path))))
 
 
 def _csv_cells(
@@ -391,7 +391,7 @@ def _table_rows(path: Path, data: bytes, ending: str) -> Iterator[Row]:
         yield Row(f"{path}: row {number}", value)
 
 
-def _row(where: str, value: object) -> Row:
+def _row_at(where: str, value: object) -> Row:
     if isinstance(value, dict):
         return Row(where, value)
     if holds_messages(value):

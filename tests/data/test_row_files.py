@@ -10,8 +10,8 @@ import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 
-from lit_qlora.data.files import Row, read_rows, split_place
 from lit_qlora.data.forms import columns_of, forms_for
+from lit_qlora.data.row_files import Row, read_rows, split_place
 from lit_qlora.errors import UserError
 
 GOOD = b'{"text": "### Human: hi### Assistant: yo"}\n'

@@ -224,8 +224,7 @@ def _check_devices(verb: str, values: Mapping[str, Any]) -> None:
         raise asked.no_gpu(accelerator)
     if is_here and isinstance(devices, int | list):
         if is_on_cpu:
-            why = "a CPU has no number" if accelerator == "cpu" else "there is no GPU here"
-            asked.check_on_cpu(devices, why, max(asked.MOST_ON_CPU, here.local_size))
+            asked.check_on_cpu(devices, accelerator, max(asked.MOST_ON_CPU, here.local_size))
         elif num_gpus := asked.most_gpus():
             asked.check_there(devices, num_gpus)
         if (devices, num_nodes) != (1, 1):

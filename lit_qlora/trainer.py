@@ -238,7 +238,7 @@ def find_gpus(devices: int | str | list[int], num_nodes: int, accelerator: str) 
     if here.size > 1 and devices == 1 and num_nodes == 1:  # by torchrun or srun, which were given how many
         devices, num_nodes = here.local_size, here.size // here.local_size
     if isinstance(devices, list) and is_here and not num_gpus:
-        check_on_cpu(devices, "there is no GPU here" if accelerator != "cpu" else "a CPU has no number")
+        check_on_cpu(devices, accelerator)
     if devices == "auto":
         devices = max(num_gpus, 1)
     numbers = [*range(devices)] if isinstance(devices, int) else [*devices]  # type: ignore[misc]
@@ -246,7 +246,7 @@ def find_gpus(devices: int | str | list[int], num_nodes: int, accelerator: str) 
     if not is_here:
         return [None] * len(numbers)
     if not num_gpus:
-        check_on_cpu(len(numbers), "", max(MOST_ON_CPU, here.local_size))
+        check_on_cpu(len(numbers), accelerator, max(MOST_ON_CPU, here.local_size))
         return [None] * len(numbers)
     check_there(numbers, num_gpus)
     return [*numbers] if num_gpus > 1 or here.size == 1 else [0] * len(numbers)  # srun shows each its own alone

@@ -3,7 +3,6 @@
 Knows no batch, no file and no page.
 """
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from lit_qlora.batch import IGNORE_INDEX
 from lit_qlora.columns import columns, printable, shortened
 from lit_qlora.data.tokenizer import special_tokens
+from lit_qlora.text.edges import BYTE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -105,7 +105,7 @@ def _bytes(name: str) -> str:
     """A part of a character as ``<0xE6 0xBC>``; byte-level vocabularies spell each byte as a letter of its own."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    if re.fullmatch(r"<0x[0-9A-F]{2}>", name):
+    if BYTE.fullmatch(name):
         return name
     byte_of = {letter: byte for byte, letter in bytes_to_unicode().items()}
     return f"<{' '.join(f'0x{byte_of[letter]:02X}' for letter in name)}>"

@@ -40,18 +40,19 @@ def no_gpu(accelerator: str) -> UserError:
     )
 
 
-def check_on_cpu(devices: int | Sequence[int], why: str, most: int = MOST_ON_CPU) -> None:
+def check_on_cpu(devices: int | Sequence[int], accelerator: str, most: int = MOST_ON_CPU) -> None:
     """Check the number of processes on a CPU.
 
     Args:
         devices: of ``trainer.devices``.
-        why: there can be no GPUs by their numbers, in words.
+        accelerator: as ``trainer.accelerator``, for the message.
         most: processes that there may be.
 
     Raises:
         UserError: they are numbers of GPUs, or too many.
     """
     if not isinstance(devices, int):
+        why = "a CPU has no number" if accelerator == "cpu" else "there is no GPU here"
         raise UserError(f"expected 1, for {why}, got {devices}", option="trainer.devices", remedy="leave it out")
     _check_most(devices, most, f"at most {most} processes on a CPU")
 

@@ -102,7 +102,7 @@ class StepLines:
                 damaged.append(number)
         damaged = [number for number in damaged if number < last_line]  # those at the end are recognised by their steps
         if damaged:
-            complain(f"warning: {self.path}: damaged lines ({len(damaged)}, from line {damaged[0]} on) are left out")
+            complain(f"warning: {damage_words(self.path, damaged)}")
         if last < counted_on:
             lost = f"its lines of the steps {last + 1} to {counted_on}, which the checkpoint relies on, are lost"
             complain(f"warning: {self.path}: {lost}")
@@ -154,6 +154,11 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     if path.is_file():
         with path.open("rb") as file:
             yield from filter(None, map(_line, file))
+
+
+def damage_words(path: Path, numbers: list[int]) -> str:
+    """Words for the ``numbers`` of damaged lines in a file."""
+    return f"{path}: damaged lines ({len(numbers)}, from line {numbers[0]} on) are left out"
 
 
 def damaged_lines(path: Path) -> list[int]:

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from lit_qlora.errors import UserError
 from lit_qlora.figures.card import HELD_OUT
 from lit_qlora.figures.charts import charts, peak_of
-from lit_qlora.figures.lines import damaged_lines, read_lines
+from lit_qlora.figures.lines import damage_words, damaged_lines, read_lines
 from lit_qlora.figures.render import filled
 from lit_qlora.figures.samples import CUT, CUT_BY_CONTEXT, ROWS_SHOWN, answered, ends_in_words
 from lit_qlora.place import COMMAND
@@ -60,7 +60,7 @@ def damage(run: RunFolder) -> Iterator[str]:
     """What of the records of ``run`` can't be read, so that its page lacks it, in lines."""
     for file in (run.metrics, run.samples):
         if numbers := damaged_lines(file):
-            yield f"{file}: damaged lines ({len(numbers)}, from line {numbers[0]} on) are left out"
+            yield damage_words(file, numbers)
     objects = (run.finished_mark, run.decisions, run.adapter / RESULT)
     readers: list[Callable[[], object]] = [partial(read_object, file) for file in objects if file.exists()]
     for read in (run.read_config, *readers):

@@ -23,7 +23,7 @@ from lit_qlora.model.base import Base, commit, find_base
 from lit_qlora.model.config import for_transformers
 from lit_qlora.model.fingerprint import ORIGINAL, fingerprint, short, write_original
 from lit_qlora.model.load import nf4, quantise, read_tensor
-from lit_qlora.model.weights import BUFFER, check_weights, fetch, is_linear, stored_tensors
+from lit_qlora.model.weights import BUFFER, LM_HEAD, check_weights, fetch, is_linear, stored_tensors
 from lit_qlora.storage.files import free_bytes, parse_json, size
 from lit_qlora.storage.folders import MANIFEST, DamagedFolderError, clear_leftovers, verify_folder, write_folder
 from lit_qlora.storage.shared import Held, prune, remove_unused
@@ -151,7 +151,7 @@ def _in_4_bits(base: Base, dtype: torch.dtype, device: torch.device) -> Iterator
     """The tensors of a 16-bit base's copy: each as it is, or of a linear layer the weight and its state."""
     tensors = sorted(stored_tensors(base).items())
     for name, stored in counted("keep", tensors, len(tensors), " weights"):
-        if name.endswith(BUFFER) or (name == "lm_head.weight" and base.shape.tied):
+        if name.endswith(BUFFER) or (name == LM_HEAD and base.shape.tied):
             continue
         if not is_linear(name):
             yield name, read_tensor(stored).to(dtype)

@@ -17,7 +17,7 @@ from lit_qlora.errors import one_line
 from lit_qlora.model.architectures import LINEARS, architecture_of
 from lit_qlora.model.base import Base, base_error, commit
 from lit_qlora.model.config import rope_of
-from lit_qlora.model.weights import Stored, stored_tensors
+from lit_qlora.model.weights import LM_HEAD, Stored, stored_tensors
 from lit_qlora.storage.foreign import object_in
 from lit_qlora.storage.reach import stored_file
 from lit_qlora.storage.run import RECORD
@@ -107,7 +107,7 @@ def _digests(
     plain, linear = hashlib.sha256(), hashlib.sha256()
     for name, tensor in tensors:
         is_linear = _LINEAR.fullmatch(name) or _SCALES.fullmatch(name)
-        is_head = name == "lm_head.weight" and is_tied  # written by some, left out by others
+        is_head = name == LM_HEAD and is_tied  # written by some, left out by others
         if is_head or not (is_linear or name.endswith((".weight", ".bias"))) or not name.startswith(("model.", "lm_")):
             continue
         digest = linear if is_linear else plain

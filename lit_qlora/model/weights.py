@@ -21,6 +21,8 @@ from lit_qlora.storage.reach import stored_file
 
 LARGEST_HEADER = 100_000_000
 """Most bytes of a header; safetensors' own limit."""
+EMBEDDINGS, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+"""Names of the weights outside of the layers, but for the last norm."""
 FLOATS = ("F16", "BF16", "F32", "F64")
 
 BUFFER = "rotary_emb.inv_freq"
@@ -172,7 +174,7 @@ def _differ(base: Base, name: str, found: str, expected: str) -> UserError:
 def _expected(base: Base) -> dict[str, tuple[int, ...]]:
     """Name and size of each stored tensor; a tied head is not stored."""
     shape = base.shape
-    sizes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape.vocabulary, shape.hidden)}
+    sizes: dict[str, tuple[int, ...]] = {EMBEDDINGS: (shape.vocabulary, shape.hidden)}
     for number in range(shape.num_layers):
         layer = f"model.layers.{number}"
         for name, (inputs, outputs) in shape.linears.items():
@@ -184,7 +186,7 @@ def _expected(base: Base) -> dict[str, tuple[int, ...]]:
         for norm in ("q_norm", "k_norm") if shape.has_head_norms else ():
             sizes[f"{layer}.self_attn.{norm}.weight"] = (shape.head_width,)
     sizes["model.norm.weight"] = (shape.hidden,)
-    return sizes if shape.tied else sizes | {"lm_head.weight": (shape.vocabulary, shape.hidden)}
+    return sizes if shape.tied else sizes | {LM_HEAD: (shape.vocabulary, shape.hidden)}
 
 
 def is_linear(name: str) -> bool:
@@ -207,9 +209,9 @@ def _check_others(base: Base, stored: dict[str, Stored], expected: dict[str, tup
         state = STATE.fullmatch(name)
         if name.endswith(BUFFER) or (state and base.in_4_bits and state[1] in expected):
             continue
-        if name != "lm_head.weight":
+        if name != LM_HEAD:
             raise _differ(base, name, _tensor_words(stored[name]), "no such weight")
-        if not _are_equal(stored[name], stored["model.embed_tokens.weight"]):
+        if not _are_equal(stored[name], stored[EMBEDDINGS]):
             raise base_error(
                 f"{base.name}: config.json says tie_word_embeddings, and the weights hold an "
                 "lm_head.weight other than the embeddings",

@@ -96,3 +96,9 @@ class Conversation:
     def is_text(self) -> bool:
         """True for a plain text, which no prompt format writes."""
         return len(self.turns) == 1 and self.turns[0].role == "text" and self.system is None
+
+
+def first_difference(expected: str, came: str) -> int:
+    """The index of the first character in which two texts differ; the length of the shorter if it begins the other."""
+    pairs = enumerate(zip(expected, came, strict=False))
+    return next((index for index, (one, other) in pairs if one != other), min(len(expected), len(came)))

@@ -15,6 +15,9 @@ _ROLES = (
     "system", "developer", "user", "human", "prompter", "assistant", "model", "gpt", "bot", "chatbot", "tool",
     "function", "ipython", "observation", "final",
 )  # fmt: skip
+BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+"""A piece for one byte of a character outside of the vocabulary. The decoder combines neighbours: until the last one
+has arrived, the character is unknown."""
 
 
 def _spelled(*names: str) -> tuple[str, ...]:

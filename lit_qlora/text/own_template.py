@@ -19,7 +19,7 @@ import jinja2
 
 from lit_qlora.errors import UserError
 from lit_qlora.text import jinja
-from lit_qlora.text.conversation import Conversation, turn_name
+from lit_qlora.text.conversation import Conversation, first_difference, turn_name
 from lit_qlora.text.formats import Piece, PromptFormat, built_in, names
 
 SHORTEST_TAG = 3
@@ -523,7 +523,5 @@ def _readable(text: str, at_end: bool = False) -> str:
 
 def _difference(expected: str, came: str) -> str:
     """The places where two texts part, a few characters of each."""
-    pairs = enumerate(zip(expected, came, strict=False))
-    same = next((index for index, (one, other) in pairs if one != other), min(len(expected), len(came)))
-    start = max(0, same - LONGEST_PART // 3)
+    start = max(0, first_difference(expected, came) - LONGEST_PART // 3)
     return f"expected {_readable(expected[start:])}, got {_readable(came[start:])}"

@@ -3,16 +3,13 @@
 Knows the encoder and no model.
 """
 
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lit_qlora.text.edges import BYTE
+
 if TYPE_CHECKING:
     from lit_qlora.data.encode import Encoder
-
-BYTE = re.compile(r"<0x[0-9A-F]{2}>")
-"""A piece for one byte of a character outside of the vocabulary. The decoder combines neighbours: until the last one
-has arrived, the character is unknown."""
 
 
 class TextStream:

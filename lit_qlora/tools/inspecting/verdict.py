@@ -14,6 +14,7 @@ from lit_qlora.batch import IGNORE_INDEX
 from lit_qlora.columns import printable
 from lit_qlora.data.encode import Encoder, Example, Written, joined_rows
 from lit_qlora.data.tokenizer import special_tokens
+from lit_qlora.text.conversation import first_difference
 
 _SHORTEN = "a larger data.max_length keeps them whole; else shorten or divide them"
 FAULT_REMEDIES = {
@@ -143,8 +144,7 @@ class Judge:
             # is the same in one character and in two.
             expected, came = (unicodedata.normalize("NFC", one).lstrip(" ") for one in (text, back))
             if came != expected:
-                pairs = enumerate(zip(expected, came, strict=False))
-                place = next((place for place, (one, other) in pairs if one != other), min(len(expected), len(came)))
+                place = first_difference(expected, came)
                 yield Fault("lost", f"{_around(expected, place)} comes back as {_around(came, place)}")
 
 

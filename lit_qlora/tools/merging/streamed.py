@@ -11,6 +11,7 @@ from torch import Tensor
 from lit_qlora.console import passing_bar
 from lit_qlora.model.base import Base
 from lit_qlora.model.config import for_transformers
+from lit_qlora.model.weights import EMBEDDINGS, LM_HEAD
 from lit_qlora.tools.merging.arithmetic import StoredWeights
 
 
@@ -23,8 +24,8 @@ class _InFp32(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         self._read += 1
         self._move(min(self._read, len(self)))  # a tied one is read twice
-        if name == "lm_head.weight" and self._weights.base.shape.tied:
-            name = "model.embed_tokens.weight"
+        if name == LM_HEAD and self._weights.base.shape.tied:
+            name = EMBEDDINGS
         return self._weights[name].float()
 
     def __iter__(self) -> Iterator[str]:

@@ -26,7 +26,7 @@ from lit_qlora.text.conversation import Conversation, Turn
 ROWS_PER_WRITE = 512
 KEPT_BYTES = 2 * 10**9
 """Bytes of all entries together: about half a million conversations of Guanaco's length."""
-COUNTS, COUNTED = "counts.json", ("cut", "left_out", "divided")
+COUNTS_FILE, COUNTED = "counts.json", ("cut", "left_out", "divided")
 """The file that counts what became of the conversations, and what it counts."""
 RECENT_S = 3600
 """Seconds after its last use in which an entry is kept."""
@@ -110,9 +110,9 @@ def encode_records(conversations: Sequence[Conversation], encoder: Encoder) -> E
 
 def _read_counts(folder: Path) -> dict[str, int]:
     """What became of the conversations, by `COUNTED`. Raises DamagedFolderError where it is not known."""
-    found = object_in(folder / COUNTS)
+    found = object_in(folder / COUNTS_FILE)
     if found.keys() != {*COUNTED} or {*map(type, found.values())} != {int}:
-        raise DamagedFolderError(folder, COUNTS, f"the numbers {', '.join(COUNTED)}", shown(found))
+        raise DamagedFolderError(folder, COUNTS_FILE, f"the numbers {', '.join(COUNTED)}", shown(found))
     return found
 
 
@@ -173,4 +173,4 @@ def _write_rows(folder: Path, conversations: Sequence[Conversation], encoder: En
                 "answer_tokens": [len(one.labels) - 1 - one.labels[1:].count(IGNORE_INDEX) for one in kept],
             }
             writer.write_table(pa.Table.from_pydict(columns, schema=schema))
-    (folder / COUNTS).write_text(json.dumps(counts), encoding="utf-8")
+    (folder / COUNTS_FILE).write_text(json.dumps(counts), encoding="utf-8")

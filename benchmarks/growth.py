@@ -209,7 +209,7 @@ def _measure(module: "QLoRAModule", length: int, rows: int, rank: int, kept: int
         )
     )
     optimizer.zero_grad()
-    module._release()
+    module.release()
     return {
         "length": length, "rows": rows, "rank": rank, "kept": kept, "way": way,
         "tokens_per_second": ids.numel() / seconds,

@@ -50,13 +50,27 @@ def quoted(error: UserError) -> UserError:
     return error
 
 
+def actions_of(parser: Any) -> list[Any]:
+    """The options of a parser as argparse has them, which has no public name for them."""
+    return parser._actions  # type: ignore[no-any-return]
+
+
+def type_of(action: Any) -> Any:
+    """The type of one of `actions_of`; None if it stands for no argument of a function."""
+    return getattr(action, "_typehint", None)
+
+
+def typed_actions(parser: Any) -> list[Any]:
+    """Those of `actions_of` that stand for an argument of a function."""
+    return [action for action in actions_of(parser) if type_of(action) is not None]
+
+
 class OneLineErrors:
     """A mixin for jsonargparse parsers: errors are one line with the nearest accepted name, not a page of usage.
 
     Names can't be abbreviated.
     """
 
-    _actions: list[Any]
     usage: str | None
     made = "the class"
     """The name of the class whose arguments these are; see `RunParser`."""
@@ -76,10 +90,11 @@ class OneLineErrors:
         return super().parse_object(*given, **more)  # type: ignore[misc]
 
     def _check_as_typed(self) -> None:
-        for action in self._actions:
-            if getattr(action, "_typehint", None) is not None and not isinstance(action._check_type_, partial):
+        for action in typed_actions(self):
+            check = action._check_type_
+            if not isinstance(check, partial):
                 classes = self.classes_for(action.dest)
-                action._check_type_ = partial(_as_typed, action.dest, action._typehint, classes, action._check_type_)
+                action._check_type_ = partial(_as_typed, action.dest, type_of(action), classes, check)
 
     def classes_for(self, option: str) -> Collection[str]:
         """The names of the classes that may be meant where ``option`` is given one that is not there."""
@@ -87,7 +102,7 @@ class OneLineErrors:
 
     def _with_dashes(self, args: Sequence[str]) -> list[str]:
         """``args``, where a text that begins with ``-`` is put to its option: by itself it would be another one."""
-        known = {name for action in self._actions for name in action.option_strings}
+        known = {name for action in actions_of(self) for name in action.option_strings}
         texts = {f"--{name}" for name, hint in self.types().items() if _is_text(hint)}
         found = list[str]()
         for arg in args:
@@ -114,12 +129,12 @@ class OneLineErrors:
             raise UserError(problem, option=first, remedy=f"give it as in: {self.usage}")
         if required:
             raise quoted(_LackingError(self.made, required[1].split(", ")))
-        raise quoted(_mistake(str(message), [action.dest for action in parser._actions]))
+        raise quoted(_mistake(str(message), [action.dest for action in actions_of(parser)]))
 
     def types(self) -> dict[str, Any]:
         """The type of each option, by its dotted name."""
-        hints = ((action.dest, getattr(action, "_typehint", None)) for action in self._actions)
-        return {name: hint for name, hint in hints if hint is not None and not name.endswith(".help")}
+        hints = {action.dest: type_of(action) for action in typed_actions(self)}
+        return {name: hint for name, hint in hints.items() if not name.endswith(".help")}
 
     def check_values(self, values: Mapping[str, Any]) -> None:
         """Check parsed options for what jsonargparse accepts.

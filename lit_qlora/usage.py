@@ -163,12 +163,15 @@ def help_of_tool(verb: str, title: str, actions: Sequence[Any]) -> str:
         title: what it does, in a sentence.
         actions: its options, as argparse has them.
     """
+    from lit_qlora.options import type_of  # with jsonargparse, which has parsed these
+
     needed = "".join(f" --{action.dest} VALUE" for action in actions if action.required)
     options = []
     for action in actions:
-        is_flag = action._typehint is bool and action.default is False
+        hint = type_of(action)
+        is_flag = hint is bool and action.default is False
         words = f"{_doc_words(action.help)} (required)" if action.required else action.help
-        options.append(Option(action.dest, WITHOUT_VALUE if is_flag else action._typehint, action.default, words))
+        options.append(Option(action.dest, WITHOUT_VALUE if is_flag else hint, action.default, words))
     return "\n".join([*_head(verb, needed, title), "", "options:", *_lines(options)]) + "\n"
 
 

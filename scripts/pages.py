@@ -16,6 +16,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
+from lit_qlora.options import actions_of, type_of, typed_actions
+
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 MADE = "<!-- Made by `python -m scripts.pages` from the code: edit the docstrings there. -->\n"
@@ -66,7 +68,7 @@ def options() -> str:
         head = inspect.cleandoc(function.__doc__).split("\n\n", 1)[0].replace("\n", " ")
         sections.append(f"## {name}\n\n{head}\n\n{_table(tool_actions(function))}")
     doctor = import_module("lit_qlora.tools.doctor")
-    asked = [one for one in doctor.parser()._actions if one.dest != "help"]
+    asked = [one for one in actions_of(doctor.parser()) if one.dest != "help"]
     sections.append(f"## doctor\n\n{doctor.DESCRIPTION.strip()}\n\n{_table(asked)}")
     return _in_lines("\n".join(sections))
 
@@ -98,9 +100,9 @@ def fit_actions(verb: str = "fit") -> list[Any]:
         Parsed(command.Command([verb]), ExitStack())
     ours = dict(re.findall(r"^ {4}(\w+): (.+(?:\n {8}.+)*)$", inspect.getdoc(QLoRATrainer) or "", re.MULTILINE))
     found = []
-    for action in parsers[0]._actions:
+    for action in actions_of(parsers[0]):
         section, _, name = action.dest.rpartition(".")
-        if (getattr(action, "_typehint", None) is not None and name != "help") or name == "ckpt_path":
+        if (type_of(action) is not None and name != "help") or name == "ckpt_path":
             # jsonargparse takes what is passed on by its own class's words.
             action.help = ours.get(name, action.help) if section == "trainer" else action.help
             found.append(action)
@@ -113,7 +115,7 @@ def tool_actions(function: Any) -> list[Any]:
 
     parser: Any = ArgumentParser()
     parser.add_function_arguments(function)
-    actions = [one for one in parser._actions if getattr(one, "_typehint", None) is not None]
+    actions = typed_actions(parser)
     for action in actions:
         own = inspect.signature(function).parameters.get(action.dest)  # none: passed on
         action.required = own is not None and own.default is inspect.Parameter.empty
@@ -130,7 +132,7 @@ def _table(actions: Iterable[Any], resumes: bool = False) -> str:
         name = action.option_strings[0].lstrip("-") if action.option_strings else action.dest
         cells = [
             f"`{name}`",
-            _values(getattr(action, "_typehint", None) or str),
+            _values(type_of(action) or str),
             _default(action),
             _words(action.help or ""),
         ]

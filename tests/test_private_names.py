@@ -9,7 +9,9 @@ import importlib.util
 import inspect
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import TypeGuard
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("lit_qlora", "benchmarks", "scripts", "examples")
@@ -17,27 +19,30 @@ FILES = [ROOT / "main.py", *(path for room in ROOMS for path in sorted((ROOT / r
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 
 USED = {
-    # Lightning: its loops have no hook between two optimizer steps, and its command line no subcommand without a run.
-    "_data_fetcher": "what its loop asks for whether a validation follows; callbacks/steps.py",
-    "_should_check_val_fx": "whether a validation follows this micro-batch; callbacks/steps.py",
-    "_logger_connector": "holds the next; callbacks/steps.py",
-    "_first_loop_iter": "is set by a validation that Lightning did not begin; callbacks/steps.py",
-    "_broadcast_sigterm_tensor": "what its loop would do in each micro-batch of several processes; callbacks/steps.py",
-    "_parse_ckpt_path": "would load a pickle and let it override the command line",
-    # jsonargparse: types of options, for the nearest name, a stranger's config and flags that stand alone.
-    "_actions": "argparse's own list of options, which has no public name",
-    "_typehint": "an option's type",
-    "_check_type_": "reads any text as YAML, where '# x' is nothing; options.py",
+    # Lightning: its loops have no hook between two optimizer steps.
+    ("callbacks/steps.py", "_data_fetcher"): "what its loop asks for whether a validation follows",
+    ("callbacks/steps.py", "_should_check_val_fx"): "whether a validation follows this micro-batch",
+    ("callbacks/steps.py", "_logger_connector"): "holds the next",
+    ("callbacks/steps.py", "_first_loop_iter"): "is set by a validation that Lightning did not begin",
+    ("callbacks/steps.py", "_broadcast_sigterm_tensor"): "what several processes would do in each micro-batch",
+    ("training.py", "_parse_ckpt_path"): "would load a pickle and let it override the command line",
+    # argparse and jsonargparse: types of options, for the nearest name, a stranger's config and flags that stand alone.
+    ("options.py", "_actions"): "the list of a parser's options, which has no public name",
+    ("options.py", "_typehint"): "an option's type",
+    ("options.py", "_check_type_"): "reads any text as YAML, where '# x' is nothing",
     # torch
-    "_dynamo": "the only way to say which dimension changes in size from call to call",
-    "_efficient_attention_forward": "the kernel that gives the sums that its own gradient needs",
-    "_foreach_add_": "one kernel for hundreds of small tensors, as torch's optimizers have it",
-    "_foreach_copy_": "the same",
-    "_foreach_zero_": "the same",
-    # datasets, transformers, jinja2
-    "_data_files": "a key of the state.json that datasets.save_to_disk writes",
-    "_compile_jinja_template": "a template as a tokenizer reads it, block by block",
+    ("model/pointwise.py", "_dynamo"): "the only way to say which dimension changes in size from call to call",
+    ("model/attention.py", "_efficient_attention_forward"): "gives the sums that its own gradient needs",
+    ("model/graphs.py", "_foreach_add_"): "one kernel for hundreds of small tensors, as torch's optimizers have it",
+    ("model/graphs.py", "_foreach_zero_"): "the same",
+    ("model/decoder.py", "_foreach_copy_"): "the same",
+    ("devices/strategy.py", "_foreach_copy_"): "the same",
+    # huggingface_hub, datasets, transformers
+    ("quiet.py", "_http"): "a logger, which has the name of its module",
+    ("data/splits.py", "_data_files"): "a key of the state.json that datasets.save_to_disk writes",
+    ("text/jinja.py", "_compile_jinja_template"): "a template as a tokenizer reads it, block by block",
 }
+"""By file of lit_qlora and name."""
 PUBLIC = {"_asdict", "_replace", "_exit", "_fail_with_undefined_error", "_gib"}
 """Documented in spite of the underscore: named tuples', os._exit, and jinja2.Undefined's; and a unit of figures."""
 
@@ -45,30 +50,17 @@ MADE_BY_METACLASS = {"_abc_impl", "_backward_cls", "_is_protocol", "_is_runtime_
 """Of each class, by its metaclass: nobody wrote them."""
 
 
-def test_private_names_of_others_are_listed_with_a_reason_and_none_is_listed_for_nothing() -> None:
-    found: dict[str, list[str]] = {}
-    for name, place in [*_of_others(), *_overridden()]:
-        found.setdefault(name, []).append(place)
-    assert {name: places for name, places in found.items() if name not in USED} == {}
-    assert {*USED} - {*found} == set()
-    assert len(USED) <= 16
+def test_each_use_of_a_private_name_is_listed_with_a_reason_and_none_is_listed_for_nothing() -> None:
+    """Of another project's, or of another module's."""
+    uses = [*_read_elsewhere(), *_overridden()]
+    assert sorted({f"{file}: {name}" for file, name in uses if (file, name) not in USED}) == []
+    assert {*USED} - {*uses} == set()
+    assert len(uses) <= 20
+    assert len(TREES) > 150 and ROOT / "main.py" in TREES
 
 
-def test_no_module_reads_a_private_attribute_that_another_defines() -> None:
-    """But of what a class inherits: a mixin's parts are its own."""
-    read = [
-        f"{path.relative_to(ROOT)}:{node.lineno} {ast.unparse(node)}"
-        for path, tree in TREES.items()
-        if path.parts[len(ROOT.parts)] == "lit_qlora"
-        for own in [_own([tree]) | {*USED} | PUBLIC]
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") != "self" and _is_private(node.attr, own)
-    ]
-    assert read == []
-
-
-def _own(trees: Iterable[ast.Module] = TREES.values()) -> set[str]:
-    """Private names that this project defines somewhere."""
+def _own(trees: Iterable[ast.Module]) -> set[str]:
+    """Private names that modules define."""
     found = set[str]()
     for tree in trees:
         # A name without a value is of a base, for the type checker.
@@ -85,29 +77,37 @@ def _own(trees: Iterable[ast.Module] = TREES.values()) -> set[str]:
     return found
 
 
-def _of_others() -> Iterator[tuple[str, str]]:
-    """Private names that are read off something, imported or written as a text, and are none of this project's."""
-    own = _own() | PUBLIC
+def _read_elsewhere() -> Iterator[tuple[str, str]]:
+    """Uses of private names of others, read off something, imported or in a text: by file and name."""
+    anyones = _own(TREES.values())  # a mixin's parts are its own
     for path, tree in TREES.items():
+        own = _own([tree])
         # Such as what follows a name in an f-string; one may begin with a private name, too.
-        behind = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values[1:]}
+        elsewhere = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values[1:]}
+        elsewhere |= {id(node.args[1]) for node in ast.walk(tree) if _is_by_name(node)}
         for node in ast.walk(tree):
-            names: list[str] = []
+            names, known = list[str](), anyones
             if isinstance(node, ast.Attribute):
-                names = [node.attr]
-            elif isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("lit_qlora"):
-                names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
-            elif isinstance(node, ast.Import):
-                names = [part for alias in node.names for part in alias.name.split(".")]
+                names, known = [node.attr], anyones if ast.unparse(node.value) in ("self", "cls", "super()") else own
+            elif isinstance(node, ast.ImportFrom | ast.Import):
+                names, known = [*(getattr(node, "module", "") or "").split(".")], set()
+                names += [part for alias in node.names for part in alias.name.split(".")]
+            elif _is_by_name(node):
+                names, known = [ast.unparse(node.args[1]).strip("'")], own
             elif isinstance(node, ast.keyword):
                 names = [node.arg or ""]
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in behind:
-                names = [node.value]  # for getattr
-            yield from ((name, f"{path.relative_to(ROOT)}:{node.lineno}") for name in names if _is_private(name, own))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in elsewhere:
+                names = node.value.split(".")  # a module's name, or a name within an object
+            yield from ((_file(path), name) for name in names if _is_private(name, known | PUBLIC))
+
+
+def _is_by_name(node: ast.AST) -> TypeGuard[ast.Call]:
+    """True for getattr, setattr and the like."""
+    return isinstance(node, ast.Call) and ast.unparse(node.func).endswith("attr") and len(node.args) > 1
 
 
 def _overridden() -> Iterator[tuple[str, str]]:
-    """Private names that a class here defines over one of the same name in a foreign base."""
+    """Private names of a foreign base that a class defines or uses as its own: by file and name."""
     for path in sorted((ROOT / "lit_qlora").rglob("*.py")):
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         if name == "lit_qlora.model.nf4" and not importlib.util.find_spec("triton"):
@@ -115,10 +115,21 @@ def _overridden() -> Iterator[tuple[str, str]]:
         for kind in vars(importlib.import_module(name)).values():
             if inspect.isclass(kind) and kind.__module__ == name:
                 foreign = [base for base in kind.__mro__[1:] if not base.__module__.startswith("lit_qlora")]
-                known = {one for base in foreign for one in vars(base)}
-                for one in known & {*vars(kind)}:
-                    if _is_private(one, MADE_BY_METACLASS):
-                        yield one, f"{name}.{kind.__qualname__}"
+                known = {one for base in foreign for one in (*vars(base), *_of_self(base))}
+                for one in known & {*vars(kind), *_of_self(kind)}:
+                    if _is_private(one, MADE_BY_METACLASS | PUBLIC):
+                        yield _file(path), one
+
+
+def _of_self(kind: type) -> list[str]:
+    """Private names that the source of a class has of itself; none where it has no source."""
+    with suppress(TypeError, OSError):
+        return re.findall(r"\b(?:self|cls|super\(\))\.(_\w+)", inspect.getsource(kind))
+    return []
+
+
+def _file(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix().removeprefix("lit_qlora/")
 
 
 def _is_private(name: str, but: set[str]) -> bool:

@@ -76,8 +76,7 @@ def is_last_step(trainer: Trainer) -> bool:
 
 def validation_follows(trainer: Trainer) -> bool:
     """True if the Trainer validates right after the current micro-batch."""
-    loop = trainer.fit_loop
-    assert loop._data_fetcher is not None
+    loop: Any = trainer.fit_loop
     return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
 
 

@@ -160,7 +160,7 @@ class ComputesSums(LightningModule):
             checkpoint_layers(self._llama.model.layers, "full")
         self._forget_layers()
 
-    def _release(self) -> None:
+    def release(self) -> None:
         """Free the recordings, and the memory of the host that tensors waited in."""
         self._graphs = None
         self._host_store.close()
@@ -169,7 +169,7 @@ class ComputesSums(LightningModule):
         """Discard extracted layers and recordings, which are of one setting and of a model that stays in place."""
         self._layers.clear()
         self._weights.clear()
-        self._release()
+        self.release()
 
     def _choose_kept(self, dtype: torch.dtype) -> None:
         """What layers keep. On a GPU, `callbacks.warmup` knows the batches, and so what ``auto`` has the room for."""

@@ -261,7 +261,7 @@ class LearnsInParts(ComputesSums):
             raise OutOfRoomError(f"{what}, and with model.shard no device can take another way than the others", rows)
         if self.uses_cuda_graphs:
             self.uses_cuda_graphs = False
-            self._release()
+            self.release()
             done = "kernels are no longer recorded"
         elif self._most_together > 1:
             self.together = 1

@@ -7,7 +7,6 @@ does.
 
 import importlib
 from collections.abc import Sequence
-from typing import Any
 
 
 def run_tool(name: str, args: Sequence[str]) -> int:
@@ -21,7 +20,7 @@ def run_tool(name: str, args: Sequence[str]) -> int:
         The exit status.
     """
     # Here, and not above: doctor works without jsonargparse.
-    from lit_qlora.options import Parser, check_once
+    from lit_qlora.options import Parser, check_once, type_of, typed_actions
     from lit_qlora.place import COMMAND
     from lit_qlora.signals import nothing_open
     from lit_qlora.usage import EXAMPLES, help_asked, help_of_tool
@@ -30,12 +29,12 @@ def run_tool(name: str, args: Sequence[str]) -> int:
         function = getattr(importlib.import_module(f"lit_qlora.tools.{name}"), name)
     parser = Parser(add_help=False, usage=f"{COMMAND} {name}{EXAMPLES[name][0][0]}")
     parser.add_function_arguments(function)
-    actions: list[Any] = [action for action in parser._actions if getattr(action, "_typehint", None) is not None]
+    actions = typed_actions(parser)
     if help_asked(args):
         print(help_of_tool(name, function.__doc__.splitlines()[0], actions), end="")
         return 0
     for action in actions:
-        if action._typehint is bool:  # --public alone means --public true
+        if type_of(action) is bool:  # --public alone means --public true
             action.nargs, action.const = "?", True
     check_once(args, parser.types())
     function(**parser.parse_args(list(args)).as_dict())

@@ -113,7 +113,7 @@ def test_a_module_sends_while_it_learns_and_not_while_it_scores(make_model, tiny
     batch = collate([(0, {"input_ids": [*range(5, 17)], "labels": [*range(5, 17)]})], 11)
     module.train().summed_loss(batch)[0].backward()
     assert len(module._host_store._buffers) == 1
-    module._release()
+    module.release()
     module.eval()
     with torch.no_grad():
         module.summed_loss(batch)

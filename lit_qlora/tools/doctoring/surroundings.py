@@ -52,8 +52,10 @@ def reason(error: BaseException) -> str:
 
 def packages() -> Iterator[Finding]:
     """Each package that is needed: is it there, within its range, and can it be imported?"""
-    requirement = _requirement_parser()
-    if requirement is None:
+    try:
+        requirement: Any = importlib.import_module("packaging.requirements").Requirement
+    except Exception:
+        requirement = None
         yield Finding("problem", "packaging: can't be imported, no version is checked", "pip install packaging")
     for asked, name in zip(requirements(), _required(), strict=True):
         yield _package(name, asked, requirement, name in ("torch", *WITHOUT_TORCH) or _torch() is not None)
@@ -63,15 +65,6 @@ def _torch() -> Any:
     """torch, if it could be imported."""
     torch = sys.modules.get("torch")
     return torch if hasattr(torch, "cuda") else None
-
-
-def _requirement_parser() -> Any:
-    for module in ("packaging.requirements", "pip._vendor.packaging.requirements"):
-        try:
-            return importlib.import_module(module).Requirement
-        except Exception:
-            continue
-    return None
 
 
 def _package(name: str, asked: str, requirement: Any, tries: bool) -> Finding:

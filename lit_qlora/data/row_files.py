@@ -13,7 +13,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any, NamedTuple, TypeGuard
 
-from lit_qlora.errors import UserError, excerpt, nearest
+from lit_qlora.errors import UserError, excerpt, first_line, nearest
 from lit_qlora.storage.files import LFS, LFS_POINTER
 from lit_qlora.text.messages import holds_messages, holds_turns
 from lit_qlora.wording import kind
@@ -406,4 +406,4 @@ def _row_at(where: str, value: object) -> Row:
 def _reason(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg.removesuffix(' at')} at column {error.colno}"
-    return str(error).strip().partition("\n")[0]
+    return first_line(error)

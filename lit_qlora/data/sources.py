@@ -19,7 +19,7 @@ from lit_qlora.data import splits
 from lit_qlora.data.forms import COLUMN_OPTIONS, columns_of, forms_for
 from lit_qlora.data.row_files import COMPRESSED, ENDINGS, INSTEAD, Row, SourceError, kind_of, read_rows
 from lit_qlora.data.splits import PLAIN_ENDINGS, Splits
-from lit_qlora.errors import UserError, excerpt, require, suggestion
+from lit_qlora.errors import UserError, excerpt, first_line, require, suggestion
 from lit_qlora.storage.files import names_around, parse_json
 
 T = TypeVar("T")
@@ -379,9 +379,8 @@ def _ask_datasets(asked: Source, ask: Callable[..., T], **given: str | None) -> 
         wraps = datasets.exceptions.DatasetGenerationError
         while isinstance(error, wraps) and isinstance(error.__context__, Exception):
             error = error.__context__
-        cause = str(error).strip().partition("\n")[0]
-        if isinstance(error, datasets.table.CastError):  # its first line is "Couldn't cast"
-            cause = error.details()
+        # A CastError's first line is "Couldn't cast".
+        cause = error.details() if isinstance(error, datasets.table.CastError) else first_line(error)
         problem = f"the hub's files can't be loaded ({type(error).__name__}: {cause})"
         raise SourceError(source, problem, f"see {page}") from error
 

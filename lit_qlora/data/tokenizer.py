@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_qlora import demo
-from lit_qlora.errors import UserError, excerpt, one_line
+from lit_qlora.errors import UserError, excerpt, first_line, one_line
 from lit_qlora.storage.foreign import FLAG, Kind, check, one_of, read_object
 from lit_qlora.storage.reach import stored_file
 
@@ -243,8 +243,7 @@ def _load_failure(error: Exception, location: str) -> str:
         if find_spec("sentencepiece") is None:
             return "it has no tokenizer.json, and a tokenizer.model needs sentencepiece; pip install sentencepiece"
         return "it has no tokenizer.json, and its tokenizer.model is no whole one of sentencepiece; copy it again"
-    words = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip()
-    return words if len(words) <= 200 else f"{words[:200]}…"
+    return first_line(error)
 
 
 def _is_as_meta(tokenizer: "PreTrainedTokenizerBase") -> bool:

@@ -44,7 +44,8 @@ class Finding(NamedTuple):
 
 def reason(error: BaseException) -> str:
     """An error in one line."""
-    return f"{type(error).__name__}: {one_line(error)}".removesuffix(": ")
+    words = one_line(error)
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__
 
 
 # Packages

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lit_qlora.errors import UserError, require
+from lit_qlora.errors import UserError, one_line, require
 from lit_qlora.storage.folders import ADAPTER_CONFIG
 from lit_qlora.wording import number_of
 
@@ -165,7 +165,7 @@ def _hub_errors(to: str, token: str) -> Iterator[None]:
         cause: BaseException = error
         while _status(cause) is None and cause.__cause__ is not None:  # "Error while uploading", which says nothing
             cause = cause.__cause__
-        reason = " ".join(f"{type(cause).__name__}: {cause}".split()).replace(token, "(token)")[:200]
+        reason = one_line(f"{type(cause).__name__}: {cause}".replace(token, "(token)"))
         raise _refusal(_status(cause), to, reason) from None
 
 

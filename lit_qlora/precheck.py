@@ -16,7 +16,7 @@ from lit_qlora.data.faults import accepted_kinds
 from lit_qlora.data.held_out import Parts, check_early_to_score
 from lit_qlora.data.records import Reading
 from lit_qlora.data.sources import check_sources
-from lit_qlora.data.templates import check_template_of_base, read_template
+from lit_qlora.data.templates import check_template_of_base, is_of_base, read_template
 from lit_qlora.devices import asked
 from lit_qlora.devices.world import is_first, world
 from lit_qlora.errors import UserError, recorded_in
@@ -46,7 +46,6 @@ from lit_qlora.storage.folders import verify_folder
 from lit_qlora.storage.lock import RunLock
 from lit_qlora.storage.mirror import check_no_file
 from lit_qlora.storage.run import FOR_ONE_START, RunFolder, folder_to_score, unnamed_run
-from lit_qlora.text.formats import OF_BASE
 
 
 def check_first(command: Command) -> int:
@@ -255,7 +254,7 @@ def _run_settings(values: Mapping[str, Any], run: RunFolder) -> tuple[dict[str, 
     now = {name: value for name, value in values.items() if name not in left_out}
     if "model.target_modules" in now:
         now["model.target_modules"] = split_names(now["model.target_modules"])
-    if now.get("data.template") == OF_BASE or now.get("model.adapter"):
+    if is_of_base(now.get("data.template")) or now.get("model.adapter"):
         now.pop("data.template", None)  # the base has it, or the adapter
     elif now.get("data.template"):
         now["data.template"] = read_template(now["data.template"])

@@ -36,7 +36,7 @@ from lit_qlora.callbacks.warmup import WarmupStep
 from lit_qlora.command import Command, with_kept
 from lit_qlora.console import complain, note, say
 from lit_qlora.data.datamodule import ChatDataModule
-from lit_qlora.data.templates import read_template
+from lit_qlora.data.templates import is_of_base, read_template
 from lit_qlora.devices import starting
 from lit_qlora.devices.asked import check_shard, check_shares
 from lit_qlora.devices.launchers import requeue
@@ -76,7 +76,6 @@ from lit_qlora.storage.config_file import as_yaml, flat
 from lit_qlora.storage.files import size
 from lit_qlora.storage.mirror import Mirror
 from lit_qlora.storage.run import FOR_ONE_START, RunFolder, unnamed_run
-from lit_qlora.text.formats import OF_BASE
 from lit_qlora.trainer import (
     IN_RUN,
     QLoRATrainer,
@@ -153,9 +152,9 @@ class QLoRACLI(LightningCLI):
         check_ranges(dict(options.items()))
         options.model.target_modules = split_names(options.model.target_modules)
         # As text, so that the run does not depend on the file or the base.
-        is_of_base = options.data.template == OF_BASE
-        base = find_base(options.model.base, weights=False).location if is_of_base else None
-        options.data.template = read_template(options.data.template, base)
+        template = options.data.template
+        base = find_base(options.model.base, weights=False).location if is_of_base(template) else None
+        options.data.template = read_template(template, base)
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning's would load a pickle and let it override the command line."""

@@ -76,43 +76,91 @@ def test_nothing_that_runs_what_it_reads(path: Path) -> None:
 
 PROMPT_FORMATS = {"llama2", "own_template", "jinja"}
 """The modules of text/ that are prompt formats, or parts of one."""
-
-
 MAKERS = "chosen|from_record|read_format|recorded_format|format_for"
 """The functions that give a prompt format."""
+PARTS = "name|source|title|version|identity|tokens|cache_key"
+"""What tells formats apart."""
+NAMES = {"LLAMA_2", "OF_BASE"}
+"""Values of data.template, which data/templates.py reads for all others."""
 
 
 def _named_formats(tree: ast.Module) -> str:
     """What a module calls the prompt formats that it is given, as a pattern."""
-    assigned = (node for node in ast.walk(tree) if isinstance(node, ast.Assign))
-    given = [node for node in assigned if re.match(rf"(\w+\.)*({MAKERS})\(", ast.unparse(node.value))]
-    return "|".join(re.escape(ast.unparse(target)) for node in given for target in node.targets) or "(?!)"
+    typed = (node for node in ast.walk(tree) if isinstance(node, ast.arg | ast.AnnAssign) and node.annotation)
+    found = {
+        node.arg if isinstance(node, ast.arg) else ast.unparse(node.target)
+        for node in typed
+        if "PromptFormat" in ast.unparse(node.annotation)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and re.match(
+            rf"(\w+\.)*({MAKERS})\(|.*\bprompt_format$", ast.unparse(node.value)
+        ):
+            found |= {ast.unparse(target) for target in node.targets}
+    return "|".join(map(re.escape, sorted(found))) or "(?!)"
+
+
+class _Unaliased(ast.NodeTransformer):
+    """Puts what tells formats apart in place of the names that a function gives to it."""
+
+    def __init__(self, formats: str) -> None:
+        self.is_part = re.compile(rf"((.+\.)?prompt_format|{formats})\.({PARTS}|record\(\).*)$").match
+        self.names: dict[str, ast.expr] = {}
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        assigned = [one for one in ast.walk(node) if isinstance(one, ast.Assign | ast.NamedExpr)]
+        pairs = [
+            (ast.unparse(getattr(one, "targets", [getattr(one, "target", one)])[0]), one.value) for one in assigned
+        ]
+        self.names = {name: value for name, value in pairs if self.is_part(ast.unparse(value))}
+        return self.generic_visit(node)
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return self.names.get(node.id, node) if isinstance(node.ctx, ast.Load) else node
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_nobody_outside_text_asks_which_prompt_format_it_has(path: Path) -> None:
     """All that hangs on it is a method of `PromptFormat`."""
-    if path.parent.name == "text":
-        return
-    tree = ast.parse(path.read_text())
-    named, parts = _named_formats(tree), "name|source|title|version|identity|tokens|cache_key"
-    for node in ast.walk(tree):
+    if path.parent.name != "text":
+        _check_format_is_not_asked(ast.parse(path.read_text()), path.name == "templates.py")
+
+
+def _check_format_is_not_asked(tree: ast.Module, reads_option: bool = False) -> None:
+    named = _named_formats(tree)
+    for node in ast.walk(_Unaliased(named).visit(tree)):
         if isinstance(node, ast.ImportFrom):
             names = {(node.module or "").rpartition(".")[2], *(alias.name for alias in node.names)}
-            assert not PROMPT_FORMATS & names, ast.unparse(node)
-        if isinstance(node, ast.Attribute) and node.attr == "source":
-            assert not re.search(rf"prompt_format$|^({MAKERS})\(|^({named})$", ast.unparse(node.value)), (
-                "options has it"
-            )
-        asked = [node.test] if isinstance(node, ast.If | ast.IfExp | ast.While) else []
-        asked += [node] if isinstance(node, ast.Compare | ast.BoolOp) else []
-        asked += [node] if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "type") else []
-        for question in map(ast.unparse, asked):
-            which = rf"\bprompt_format(\.({parts}))?(?![\w.('])|\b({named})\.({parts})(?![\w.('])"
+            assert not (PROMPT_FORMATS if reads_option else PROMPT_FORMATS | NAMES) & names, ast.unparse(node)
+        if isinstance(node, ast.Attribute):
+            assert reads_option or node.attr not in NAMES, ast.unparse(node)
+            assert node.attr != "source" or not re.search(
+                rf"prompt_format$|^({MAKERS})\(|^({named})$", ast.unparse(node.value)
+            ), "options has it"
+        for question in map(ast.unparse, _asked(node)):
+            which = rf"\bprompt_format(\.({PARTS}))?(?![\w.('])|(?<![\w.])({named})\.({PARTS})(?![\w.('])"
+            which += rf"|\b(isinstance|type)\(({named})\b|(prompt_format|{named})\.(record\(\)|__class__)"
             known = r"'(jinja|llama2-chat)'|\b(Llama2|Template)\b"
             assert not re.search(f"{which}|{known}", question.replace("prompt_format or chosen()", "")), (
-                f"line {node.lineno}: {question}"
+                f"line {getattr(node, 'lineno', '?')}: {question}"
             )
+
+
+def _asked(node: ast.AST) -> list[ast.expr]:
+    """The questions that a node is: what is compared, looked up or decided by."""
+    match node:
+        case ast.If() | ast.IfExp() | ast.While():
+            return [node.test]
+        case ast.Match(subject=subject):
+            return [subject]
+        case ast.Compare() | ast.BoolOp():
+            return [node]
+        case ast.Subscript(slice=key):
+            return [key]
+        case ast.Call(func=func, args=args):
+            name = ast.unparse(func)
+            return [node] if name in ("isinstance", "type") else args[:1] if name.endswith(".get") else []
+    return []
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -33,14 +33,14 @@ from lit_qlora.data.held_out import Parts
 from lit_qlora.data.records import Reading, Records
 from lit_qlora.data.run_rows import RunRows, turns_digest
 from lit_qlora.data.sources import ROWS_THEMSELVES, SOURCES, SourceOption, are_here, as_text, paths_of, sources_of
-from lit_qlora.data.templates import instead_of, read_template, template_of_base
+from lit_qlora.data.templates import instead_of, is_of_base, read_template, template_of_base
 from lit_qlora.data.tokenizer import load_tokenizer, template_beside
 from lit_qlora.data.view import SHORT_AMONG, example_lines
 from lit_qlora.devices.dealing import EVALUATED_AT_ONCE
 from lit_qlora.devices.world import local_first
 from lit_qlora.errors import UserError, excerpt, require
 from lit_qlora.text.conversation import Conversation
-from lit_qlora.text.formats import OF_BASE, PromptFormat, chosen
+from lit_qlora.text.formats import PromptFormat, chosen
 from lit_qlora.wording import number_of
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class ChatDataModule(LightningDataModule):
         self.test_source = test_source
         self.train_on, self.max_length = train_on, max_length
         self._given = tokenizer, read_template(template), system
-        self._awaits_base = self._given[1] == OF_BASE
+        self._awaits_base = is_of_base(template)
         """Whether the prompt format is to be read from a base that is not known yet."""
         self.prompt_format = _prompt_format(None if self._awaits_base else self._given[1], system)
         self.plan = BatchPlan(batch_size, batch_tokens, packing)

@@ -26,21 +26,26 @@ def is_template(value: str) -> bool:
     return "{{" in value or "{%" in value
 
 
+def is_of_base(value: str | None) -> bool:
+    """True if ``value`` of ``data.template`` stands for the template that the base itself has."""
+    return value == OF_BASE
+
+
 def read_template(value: str | None, base: str | None = None) -> str | None:
     """The chat template that ``value`` is, or that it names; None stands for the Llama 2 format.
 
     Args:
         value: As ``data.template``.
-        base: The hub id or folder whose own template may be meant; None leaves `OF_BASE` as it is.
+        base: The hub id or folder whose own template may be meant; None leaves ``base`` as it is.
 
     Raises:
         UserError: There is no such file, it holds no Jinja, or the base has no template.
     """
     if value is None or value == LLAMA_2:
         return None
-    if value == OF_BASE:
+    if is_of_base(value):
         if base is None:
-            return OF_BASE
+            return value
         text = template_of_base(load_tokenizer(base))
     else:
         text = value if is_template(value) else built_in().get(value) or _read_template_file(value)
@@ -70,7 +75,7 @@ def check_template_of_base(value: str | None, base: str) -> None:
         UserError: it has none.
     """
     folder = Path(base).expanduser()
-    if value == OF_BASE and folder.is_dir() and chat_template_in(folder) is None:
+    if is_of_base(value) and folder.is_dir() and chat_template_in(folder) is None:
         raise _no_template(base)
 
 

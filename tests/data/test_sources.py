@@ -576,7 +576,7 @@ def test_the_hub_is_asked_for_its_splits(monkeypatch):
 
 def test_where_no_split_is_for_training_one_is_shown_as_it_is_given(monkeypatch):
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda source: ["oasst", "dolly"])
-    with pytest.raises(UserError, match=r"found: oasst and dolly; name the one to train on.*{path: …, split: oasst}"):
+    with pytest.raises(UserError, match=r"found: oasst and dolly; .*{path: …, split: oasst}"):
         find_splits("owner/n").training()
     assert find_splits("owner/n:oasst").training() == "oasst"
 
@@ -640,9 +640,7 @@ def test_offline_is_said_by_the_real_library(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        UserError, match=r"^no-such-owner/no-such-name: no such file here, and the hub can't be reached"
-    ):
+    with pytest.raises(UserError, match=r"^no-such-owner/no-such-name: no such file .* hub can't be reached"):
         read_source("no-such-owner/no-such-name", "train")
 
 

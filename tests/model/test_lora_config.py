@@ -353,14 +353,14 @@ ENDLESS = r"model\.(\w+\.?)*x"
 )
 def test_a_pattern_that_never_ends_is_refused(tmp_path, monkeypatch, changes):
     monkeypatch.setattr(lora_config, "MATCHED_IN_S", 0.5)
-    with pytest.raises(UserError, match=r"a pattern of modules that takes too long to match: .*model"):
+    with pytest.raises(UserError, match=r"pattern .* takes too long .*model"):
         lora_config.check_ranks(tmp_path, {"r": 1, **changes}, {})
 
 
 @pytest.mark.parametrize("name", ["rank_pattern", "layers_pattern"])
 def test_what_is_no_pattern_is_refused(tmp_path, name):
     given = {"(": 1} if name == "rank_pattern" else "("
-    with pytest.raises(UserError, match=r"adapter_config.json has a pattern of modules that is none: \(: missing \)"):
+    with pytest.raises(UserError, match=r"adapter_config.json has a pattern .*: \(: missing \)"):
         lora_config.check_ranks(tmp_path, {"r": 1, name: given}, {})
 
 

@@ -499,7 +499,7 @@ def test_figures_that_there_may_be_are_left_to_lightning():
 
 
 def test_a_limit_of_time_needs_another_for_the_schedule():
-    with pytest.raises(UserError, match=r"trainer.max_epochs: expected a number of epochs, or of steps"):
+    with pytest.raises(UserError, match=r"trainer.max_epochs: expected a number of epochs"):
         trainer(max_steps=-1, max_time="00:00:01:00").fit(module(), data())
     limited = trainer(max_time="00:00:01:00")
     limited.fit(module(), data())

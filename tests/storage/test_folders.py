@@ -212,7 +212,7 @@ def test_a_zeroed_tail(whole: Path) -> None:
 
 def test_what_is_missing_is_named(whole: Path) -> None:
     (whole / "a.txt").unlink()
-    with pytest.raises(DamagedFolderError, match=r"x: 'a.txt': expected a file, found no such file$"):
+    with pytest.raises(DamagedFolderError, match=r"x: 'a.txt': expected a file, .* no such file$"):
         verify_folder(whole)
     (whole / "manifest.json").unlink()
     with pytest.raises(DamagedFolderError, match=r"'manifest.json': expected a manifest .* no such file$"):
@@ -270,7 +270,7 @@ def test_a_card_may_be_edited_and_no_other_file(with_card: Path) -> None:
     copy_folder(with_card, with_card.with_name("copy"))
     assert (with_card.with_name("copy") / "README.md").read_text() == "edited"
     (with_card / "README.md").unlink()
-    with pytest.raises(DamagedFolderError, match=r"'README.md': expected a file, found no such file"):
+    with pytest.raises(DamagedFolderError, match=r"'README.md': expected a file, .* no such file"):
         verify_folder(with_card)
 
 
@@ -300,7 +300,7 @@ def test_recover_prefers_the_target_whose_card_was_edited_to_what_it_had_replace
 def test_a_path_in_the_manifest_that_leads_outside(whole: Path, name: str) -> None:
     (whole.parent / "secret").write_bytes(b"hello\n")
     forge(whole, {name: {"bytes": 6, "sha256": HELLO}})
-    with pytest.raises(DamagedFolderError, match="expected a path inside of the folder") as caught:
+    with pytest.raises(DamagedFolderError, match="expected a path inside ") as caught:
         verify_folder(whole)
     assert str(caught.value).isprintable()
 
@@ -308,13 +308,13 @@ def test_a_path_in_the_manifest_that_leads_outside(whole: Path, name: str) -> No
 def test_links_that_lead_outside(whole: Path) -> None:
     (whole / "a.txt").rename(whole.parent / "a.txt")
     (whole / "a.txt").symlink_to(whole.parent / "a.txt")
-    with pytest.raises(DamagedFolderError, match=r"'a.txt': expected a path inside of the folder"):
+    with pytest.raises(DamagedFolderError, match=r"'a.txt': expected a path inside "):
         verify_folder(whole)
     (whole / "a.txt").unlink()
     (whole.parent / "a.txt").rename(whole / "a.txt")
     (whole / "sub").rename(whole.parent / "sub")
     (whole / "sub").symlink_to(whole.parent / "sub")
-    with pytest.raises(DamagedFolderError, match=r"'sub/b.bin': expected a path inside of the folder"):
+    with pytest.raises(DamagedFolderError, match=r"'sub/b.bin': expected a path inside "):
         verify_folder(whole)
 
 

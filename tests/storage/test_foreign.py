@@ -45,7 +45,7 @@ def test_what_is_no_object_is_one_line(tmp_path, content, told, place):
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "config.json")
     for file in (tmp_path / "config.json", tmp_path, Path("/dev/null")):
-        with pytest.raises(UserError, match="is a folder, a pipe or a device, expected a file"):
+        with pytest.raises(UserError, match=r"is a folder, .*, expected a file"):
             read_object(file)
 
 

@@ -41,7 +41,7 @@ def silent(monkeypatch):
 
 def test_a_base_that_is_not_cached_is_refused_at_once(silent):
     began = time.monotonic()
-    with pytest.raises(UserError, match="not in the cache, and the hub can't be reached"):
+    with pytest.raises(UserError, match=r"not in the cache, .* hub can't be reached"):
         find_base("owner/unknown", weights=False)
     assert time.monotonic() - began < 20  # the hub's own library takes 30
     assert constants.HF_HUB_OFFLINE and datasets.config.HF_HUB_OFFLINE and os.environ["HF_HUB_OFFLINE"] == "1"

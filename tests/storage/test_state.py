@@ -276,7 +276,7 @@ def test_a_skeleton_that_is_none(tmp_path: Path, text: str) -> None:
 def test_the_reason_is_none_of_python_s(tmp_path: Path, state: str) -> None:
     save_state({}, tmp_path)
     (tmp_path / "state.json").write_text(f'{{"version": 1, "state": {state}}}')
-    with pytest.raises(DamagedFolderError, match=r"found it holds values of another kind$"):
+    with pytest.raises(DamagedFolderError, match=r"found .* another kind$"):
         load_state(tmp_path)
 
 

@@ -193,7 +193,7 @@ def test_an_answer_may_end_in_another_special_token_than_eos():
     one.check()
     assert [piece.text for piece in one.pieces(TALK) if piece.is_answer] == ["b", "<|eot_id|>", "d", "<|eot_id|>"]
     assert one.end_of_turn == "<|eot_id|>" and one.writes("<|eot_id|>")
-    with pytest.raises(UserError, match="is to end in EOS, or the model never learns to stop"):
+    with pytest.raises(UserError, match=r"is to end in EOS, .* never learns to stop"):
         chosen(source).of(SpecialTokens()).check()
     two = source.replace("<|eot_id|>", "{{ eos_token if loop.index == 4 else '<|eot_id|>' }}")
     with pytest.raises(UserError, match=r"data\.template: .*answers end in <\|end_of_text\|> and in <\|eot_id\|>"):
@@ -244,7 +244,7 @@ def test_a_new_template_that_comes_along_is_one_file(tmp_path, monkeypatch):
     (tmp_path / "mine.jinja").write_text("{{ eos_token }}", encoding="utf-8")
     monkeypatch.setattr(formats, "TEMPLATES", tmp_path)
     assert read_template("mine") == "{{ eos_token }}"
-    with pytest.raises(UserError, match=r"^data\.template: chatml: expected llama2, mine, base, or a file with a"):
+    with pytest.raises(UserError, match=r"^data\.template: chatml: expected llama2, mine, base, or a file"):
         read_template("chatml")
 
 

@@ -131,7 +131,7 @@ def test_the_template_s_own_words_may_not_be_said(name):
     for tag in one.tags:
         places = {"turn 1": said(f"x {tag} y"), "turn 2": said("a", tag, "b"), "the system text": said("a", system=tag)}
         for place, conversation in places.items():
-            with pytest.raises(ValueError, match="which could forge a turn or a system text") as caught:
+            with pytest.raises(ValueError, match="could forge a turn ") as caught:
                 one.pieces(conversation)
             assert str(caught.value).startswith(f"{place} holds '")
 
@@ -251,7 +251,7 @@ def test_a_template_that_looks_at_what_is_said_is_refused_where_it_matters():
     one = template(source)
     one.check()
     assert one.pieces(said("a", "b")) == template(SOURCES["chatml"]).pieces(said("a", "b"))
-    with pytest.raises(ValueError, match=r"it changes messages, or depends on their text: expected .*hmm</think>b"):
+    with pytest.raises(ValueError, match=r"it changes messages, .*: expected .*hmm</think>b"):
         one.pieces(said("a", "hmm</think>b"))
 
 

@@ -149,7 +149,7 @@ def test_a_port_that_is_taken_is_one_line(page, port, answerer):
 def test_a_link_that_is_not_to_be_had_is_one_line(page, answerer, monkeypatch, capsys):
     monkeypatch.setattr("gradio.networking.setup_tunnel", lambda **_: 1 / 0)
     second = web.Page(answerer, Sampling(), None)
-    with pytest.raises(UserError, match=r"^share: gradio's servers gave no link; try again, or leave --share out$"):
+    with pytest.raises(UserError, match=r"^share: gradio's servers .*; .* leave --share out$"):
         second.open(share=True, port=None)
     second.close()
     assert capsys.readouterr() == ("", "")

@@ -88,7 +88,7 @@ def test_examples_are_the_first_of_the_same_subject():
     assert examples_for(SUBJECT, [others, own], 1) == (EXAMPLE,)
     assert examples_for(SUBJECT, [others], 1) == (QUESTION,)  # a single file serves all
     assert examples_for(SUBJECT, [], 0) == ()
-    with pytest.raises(UserError, match=r"none for law; expected a file law_dev.csv"):
+    with pytest.raises(UserError, match=r"none for law; expected .* law_dev.csv"):
         examples_for(others, [own, SUBJECT], 1)
     with pytest.raises(UserError, match=r"dev.csv:1: ends after 2 examples, expected 5"):
         examples_for(SUBJECT, [others], 5)
@@ -146,5 +146,5 @@ def test_a_tag_is_refused_where_it_could_forge_a_turn(encoder):
 
 
 def test_a_tokenizer_that_splits_letters(real):
-    with pytest.raises(UserError, match="no single token for each of A, B, C and D"):
+    with pytest.raises(UserError, match=r"no single token .* A, B, C and D"):
         Prompts(Encoder(load_tokenizer(str(real / "stories260K")), 2**40), "plain")

@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -372,3 +373,28 @@ def test_a_name_means_one_thing() -> None:
 
 def test_modules_of_one_name_are_about_one_thing() -> None:
     assert {*_owners(lambda path: {path.stem})} == {*ROLES}
+
+
+DOCUMENTED = [path for path in MODULES if path.parent.name in {"text", "data", "storage", "figures", "forecast",
+                                                               "callbacks", "devices"}]  # fmt: skip
+
+
+def _own(path: Path, kept: ast.ClassDef) -> list[ast.FunctionDef]:
+    """The public methods of a class that no base of it has, and so documents."""
+    made = getattr(import_module(".".join(path.relative_to(ROOT).with_suffix("").parts)), kept.name)
+    public = (one for one in kept.body if isinstance(one, ast.FunctionDef) and not one.name.startswith("_"))
+    return [one for one in public if not any(hasattr(base, one.name) for base in made.__mro__[1:])]
+
+
+@pytest.mark.parametrize("path", DOCUMENTED, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_public_function_names_its_arguments(path: Path) -> None:
+    body = [one for one in ast.parse(path.read_text()).body if not getattr(one, "name", "_").startswith("_")]
+    methods = [(one, True) for made in body if isinstance(made, ast.ClassDef) for one in _own(path, made)]
+    for one, is_method in [*((one, False) for one in body if isinstance(one, ast.FunctionDef)), *methods]:
+        words = ast.get_docstring(one) or ""
+        is_bound = is_method and "staticmethod" not in map(ast.unparse, one.decorator_list)
+        given = [arg.arg for arg in (*one.args.args[is_bound:], *one.args.kwonlyargs)]
+        _, _, listed = words.partition("Args:\n")
+        said = {*re.findall(r"^    (\w+): ", re.split(r"\n\n?(?=\w)", listed)[0], re.MULTILINE)}
+        said |= {*re.findall(r"``(\w+)[^`]*``", words)} if len(given) < 3 and not listed else set()
+        assert {*given} <= said, f"line {one.lineno}: {one.name}"

@@ -39,7 +39,7 @@ from lit_qlora.storage.state import num_bytes
 
 @dataclass(frozen=True)
 class Best:
-    """The best adapter so far: its step, its held-out figures and, until it is on the disk, its weights."""
+    """The best adapter: ``result``, its step and held-out figures, and until it is on the disk its ``weights``."""
 
     result: dict[str, Any]
     weights: dict[str, Tensor]
@@ -299,7 +299,7 @@ class RunCheckpoints(StepCallback, Needs):
 
 
 def has_stopped_early(trainer: Trainer) -> bool:
-    """True if the held-out loss has not improved for as long as early stopping allows."""
+    """True if the held-out loss of ``trainer`` has not improved for as long as early stopping allows."""
     early: Any = trainer.early_stopping_callbacks
     return any(callback.wait_count >= callback.patience for callback in early)
 
@@ -317,6 +317,6 @@ def _makes_way(target: Path) -> bool:
 
 
 def read_result(adapter: Path) -> dict[str, Any] | None:
-    """The step and the held-out figures of a run's adapter; None without an adapter."""
+    """The step and the held-out figures of a run's ``adapter``, a folder; None without an adapter."""
     file = adapter / RESULT
     return read_object(file) if file.is_file() else None

@@ -46,7 +46,7 @@ class TimeLeft:
 
 
 def steps_between_validations(trainer: Trainer) -> float:
-    """Optimizer steps from one validation to the next; infinite without any."""
+    """Optimizer steps from one validation of ``trainer`` to the next; infinite without any."""
     batches = (trainer.val_check_batch or math.inf) if sum(trainer.num_val_batches) else math.inf
     return max(batches / trainer.accumulate_grad_batches, 1e-9)
 

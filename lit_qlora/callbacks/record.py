@@ -20,7 +20,7 @@ def record(trainer: Trainer, figures: Mapping[str, float]) -> None:
 
 
 def record_of(trainer: Trainer) -> Record | None:
-    """The run's record; None for a Trainer without one."""
+    """The record of the run of ``trainer``; None for a Trainer without one."""
     return next((logger for logger in trainer.loggers if isinstance(logger, Record)), None)
 
 

@@ -201,13 +201,13 @@ def held_out_line(step: int, figures: Mapping[str, float], mark: str) -> str:
 
 
 def last_samples(run: RunFolder) -> list[str]:
-    """Sample questions as the best adapter answers them, beside the base; an empty line behind them."""
+    """Sample questions as the best adapter of ``run`` answers them, beside the base; an empty line behind them."""
     shown = side_by_side(answered(run.samples, (read_result(run.adapter) or {}).get("step")))
     return [*shown, ""] if shown else []
 
 
 def next_step(run: RunFolder) -> list[str]:
-    """What to do with the adapter, and of the demo what to ask it."""
+    """What to do with the adapter of ``run``, and of the demo what to ask it."""
     try:
         is_newest = newest_run().path.resolve() == run.path.resolve()
     except UserError:  # the run lies elsewhere
@@ -233,7 +233,7 @@ def is_gain(run: RunFolder, loss: float) -> bool:
 
 
 def before_and_after(run: RunFolder) -> list[str]:
-    """A table of the held-out figures measured both at step 0 and at the best step."""
+    """A table of the held-out figures of ``run`` measured both at step 0 and at the best step."""
     by_step = {line["step"]: line for line in read_lines(run.metrics)}
     best = read_result(run.adapter)
     if best is None or 0 not in by_step or best["step"] not in by_step:

@@ -93,7 +93,7 @@ class SampleAnswers(Callback, Needs):
                 logger.experiment.add_text("samples", text, trainer.global_step)
 
     def choose(self, data: Any) -> list[Conversation]:
-        """The prompts, in the order of answers."""
+        """The prompts, in the order of answers; without any of the user, held-out ones of ``data``, the DataModule."""
         if self.prompts:
             return [Conversation((Turn("user", text),)) for text in self.prompts]
         return [prompt for prompt, _ in data.held_out_prompts(self.count)]

@@ -17,7 +17,7 @@ class StepCallback(Callback):
     """A callback with a hook between two optimizer steps; `StepEdge` calls it, in a fixed order."""
 
     def on_step_end(self, trainer: Trainer, module: Any) -> None:
-        """Run after ``trainer.global_step`` optimizer steps, before a validation that follows."""
+        """Run after ``trainer.global_step`` optimizer steps of ``module``, before a validation that follows."""
 
 
 class StepEdge(Callback):
@@ -58,30 +58,29 @@ class StepEdge(Callback):
 
 
 def agree_to_stop(trainer: Trainer) -> None:
-    """Have ``should_stop`` in all processes where one has it: a callback may ask one alone, and Lightning would have
-    that one leave the others behind."""
+    """Have ``should_stop`` of ``trainer`` in all processes where one has it: it would leave the others behind."""
     trainer.should_stop = any_of(trainer.should_stop)
 
 
 def is_log_step(trainer: Trainer) -> bool:
-    """True if the step just done is due by ``log_every_n_steps``, or the last."""
+    """True if the step that ``trainer`` just did is due by ``log_every_n_steps``, or the last."""
     steps: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
     return trainer.global_step % steps == 0 or is_last_step(trainer)
 
 
 def is_last_step(trainer: Trainer) -> bool:
-    """True if all optimizer steps of the run are done."""
+    """True if all optimizer steps of the run of ``trainer`` are done."""
     return trainer.global_step >= trainer.datamodule.num_optimizer_steps()  # type: ignore[attr-defined]
 
 
 def validation_follows(trainer: Trainer) -> bool:
-    """True if the Trainer validates right after the current micro-batch."""
+    """True if ``trainer`` validates right after the current micro-batch."""
     loop: Any = trainer.fit_loop
     return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
 
 
 def begin_epoch(trainer: Trainer) -> None:
-    """Make Lightning count the epoch that begins here.
+    """Make ``trainer`` count the epoch that begins here.
 
     After a save in an epoch's last step, it ends that epoch but does not count the next as begun; from a later save in
     the new epoch it would resume with the data of the one before.
@@ -103,7 +102,7 @@ def begin_epoch(trainer: Trainer) -> None:
 
 
 def run_validation(trainer: Trainer) -> None:
-    """Validate between two steps, as Lightning's own training loop does; nothing for a run without validations."""
+    """Validate between two steps of ``trainer``, as Lightning's own loop does; nothing in a run without validations."""
     if not trainer.enable_validation:
         return
     connector = trainer._logger_connector

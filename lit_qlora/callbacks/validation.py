@@ -29,5 +29,5 @@ class HeldOutMetrics(StepCallback):
 
 
 def held_out_figures(trainer: Trainer) -> dict[str, float]:
-    """The figures of a Trainer's last validation, by their names in the record."""
+    """The figures of the last validation of ``trainer``, by their names in the record."""
     return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}

@@ -31,7 +31,7 @@ def has_driver() -> bool:
 
 
 def no_gpu(accelerator: str) -> UserError:
-    """The error for a GPU asked for by ``trainer.accelerator`` where there is none."""
+    """The error where ``trainer.accelerator`` asks for a GPU by ``accelerator``, and there is none."""
     return UserError(
         f"{accelerator}, and torch sees no CUDA GPU here",
         option="trainer.accelerator",

@@ -36,7 +36,14 @@ REPLY = timedelta(seconds=5)
 
 
 class World(NamedTuple):
-    """Which of ``size`` processes this one is, and which of the ``local_size`` on this machine; counted from 0."""
+    """Which process this one is, of all and of those on this machine; counted from 0.
+
+    Args:
+        rank: number of this process among all.
+        size: number of processes.
+        local_rank: its number on this machine.
+        local_size: number of processes on this machine.
+    """
 
     rank: int = 0
     size: int = 1
@@ -354,7 +361,7 @@ def highest(*values: float) -> list[float]:
 
 
 def lowest(value: int) -> int:
-    """The lowest of all processes."""
+    """The lowest ``value`` of all processes."""
     return -int(highest(-value)[0])
 
 

@@ -157,7 +157,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def damage_words(path: Path, numbers: list[int]) -> str:
-    """Words for the ``numbers`` of damaged lines in a file."""
+    """Words for the ``numbers`` of damaged lines in the file at ``path``."""
     return f"{path}: damaged lines ({len(numbers)}, from line {numbers[0]} on) are left out"
 
 

@@ -72,11 +72,13 @@ class Architecture:
         return layer, attention, mlp, norm
 
     def biased(self, config: Mapping[str, Any]) -> tuple[str, ...]:
-        """The linear layers that have a bias in a base with this config.json."""
+        """The linear layers that have a bias in a base with this config.json, ``config``."""
         return tuple(name for name, key in self.biases.items() if key is None or config.get(key))
 
     def identity(self, config: Mapping[str, Any]) -> tuple[Any, ...]:
-        """What distinguishes it in a base's fingerprint; nothing for Llama, since at first there were no others."""
+        """What distinguishes it in the fingerprint of a base with ``config``; nothing for Llama: at first there was
+        only it.
+        """
         return () if self.model_type == "llama" else (self.model_type, self.window(config))
 
 
@@ -134,5 +136,5 @@ ARCHITECTURES = {
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture:
-    """The architecture of a base's config.json; Llama where it names none."""
+    """The architecture of a base's config.json, ``config``; Llama where it names none."""
     return ARCHITECTURES[config.get("model_type", "llama")]

@@ -194,13 +194,13 @@ def _ask_hub(name: str) -> tuple[Path, set[str]]:
 
 
 def missing_bytes(base: Base) -> int:
-    """Bytes still to download before loading: the 16-bit weights that are in neither folder nor cache."""
+    """Bytes of ``base`` still to download before loading: 16-bit weights that are in neither folder nor cache."""
     is_here = stored_file(base.location, ONE_FILE) or stored_file(base.location, INDEX)
     return 0 if is_here else 2 * base.shape.num_parameters
 
 
 def commit(base: Base) -> str | None:
-    """The commit of a base on the hub; None for a local one."""
+    """The commit of a ``base`` on the hub; None for a local one."""
     config = None if Path(base.location).is_dir() else stored_file(base.location, "config.json")
     return config.parent.name if config and config.parent.parent.name == "snapshots" else None
 

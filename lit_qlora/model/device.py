@@ -66,7 +66,7 @@ def decides_for_another() -> bool:
 
 
 def current_device(accelerator: str = "auto") -> Device:
-    """The device that ``Trainer(accelerator=…)`` will use; within `decide_for`, always its device."""
+    """The device that a Trainer will use by its ``accelerator``; within `decide_for`, always its device."""
     elsewhere = _DECIDED_FOR.get()
     if elsewhere is not None:
         return elsewhere

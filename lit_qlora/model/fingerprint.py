@@ -73,12 +73,12 @@ def write_original(folder: Path, copy: Base, base: Base) -> None:
 
 
 def short(recorded: str) -> str:
-    """A fingerprint, shortened for a message."""
+    """A fingerprint as ``recorded``, shortened for a message."""
     return (recorded.split("-")[2] if recorded.count("-") == 3 else recorded)[:SHOWN_DIGITS]
 
 
 def identity(base: Base) -> dict[str, str | None]:
-    """A base's public name, its commit on the hub if known, and its `fingerprint`."""
+    """The public name of ``base``, its commit on the hub if known, and its `fingerprint`."""
     return {"name": base.public_name, "commit": commit(base), "fingerprint": fingerprint(base)}
 
 

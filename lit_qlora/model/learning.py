@@ -21,7 +21,7 @@ from lit_qlora.wording import number_of
 
 
 def loss_scale(trainer: Any) -> float | None:
-    """The factor on the loss of a Trainer in fp16; None in other precisions."""
+    """The factor on the loss of a ``trainer`` in fp16; None in other precisions."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return float(scaler.get_scale()) if scaler else None
 

@@ -95,7 +95,7 @@ def quantise(stored: Stored, dtype: torch.dtype, device: torch.device) -> Any:
 
 
 def read_tensor(stored: Stored) -> torch.Tensor:
-    """A whole tensor of a file."""
+    """A whole tensor of a file, by where it is ``stored``."""
     (found,) = stored.read([(0, stored.num_values)])
     return torch.frombuffer(bytearray(found), dtype=STORED_DTYPES[stored.dtype]).reshape(stored.shape)
 

@@ -111,7 +111,7 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def weights_digest(folder: Path) -> str:
-    """A sha256 over the weights of an adapter, by which a copy of it elsewhere is the same one."""
+    """A sha256 over the weights of the adapter in ``folder``, by which a copy of it elsewhere is the same one."""
     with (folder / ADAPTER_WEIGHTS).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -135,12 +135,12 @@ def ranks(folder: Path, num_layers: int) -> tuple[dict[str, int], ...]:
 
 
 def adapted_layers(model: "PeftModel") -> set[int]:
-    """The numbers of the decoder layers that have LoRA."""
+    """The numbers of the decoder layers of ``model`` that have LoRA, from 0."""
     return {int(place["layer"]) for place in map(PLACE.match, adapter_parameters(model)) if place}
 
 
 def has_bias(folder: Path | None) -> bool:
-    """True if an adapter's LoRA has biases, which our own layers don't compute."""
+    """True if the LoRA of the adapter in ``folder`` has biases, which our own layers don't compute."""
     return folder is not None and bool(read_object(folder / ADAPTER_CONFIG).get("lora_bias"))
 
 
@@ -190,7 +190,7 @@ def load_adapter(
 
 
 def check_finite(weights: Mapping[str, torch.Tensor], **where: Any) -> None:
-    """Raises UserError, with the fields ``where``, for the first of an adapter's weights that is not finite."""
+    """Raises UserError, with the fields ``where``, for the first of an adapter's ``weights`` that is not finite."""
     for name, weight in weights.items():
         if not weight.isfinite().all():
             raise UserError(f"{name} holds values that are not finite", **where)
@@ -365,7 +365,7 @@ def _check_unaltered(folder: Path, expected: Mapping[str, Any], remedy: str | No
 
 
 def stored_shapes(folder: Path) -> dict[str, list[int]]:
-    """The shapes of an adapter's weights, by peft's names. Raises UserError if they can't be read."""
+    """Shapes of the weights of the adapter in ``folder``, by peft's names. Raises UserError if they can't be read."""
     try:
         with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
             return {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -381,5 +381,5 @@ def _unreadable(folder: Path, error: Exception) -> UserError:
 
 
 def adapter_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """The weights of LoRA by name: all that is ever trained, saved or resumed."""
+    """The weights of LoRA of ``model`` by name: all that is ever trained, saved or resumed."""
     return {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}

@@ -111,7 +111,7 @@ def learning_rate_factor(name: Schedule, step: int, num_steps: int, num_warmup: 
 
 
 def forget(optimizer: torch.optim.Optimizer) -> None:
-    """Reset the state to before the first step, in the same memory: bitsandbytes never frees paged memory."""
+    """Reset the state of ``optimizer`` to before the first step, in place: bitsandbytes never frees paged memory."""
     for state in optimizer.state.values():
         for name, value in state.items():
             if isinstance(value, int):
@@ -123,7 +123,7 @@ def forget(optimizer: torch.optim.Optimizer) -> None:
 
 
 def num_applied(optimizer: torch.optim.Optimizer) -> int:
-    """Number of updates that changed the weights, without those skipped by a GradScaler."""
+    """Number of updates by ``optimizer`` that changed the weights, without those skipped by a GradScaler."""
     for state in optimizer.state.values():
         return int(state["step"])
     return 0

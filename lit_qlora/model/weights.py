@@ -57,7 +57,7 @@ class Stored(NamedTuple):
 
 
 def stored_tensors(base: Base) -> dict[str, Stored]:
-    """The tensors of a base by name.
+    """The tensors of ``base`` by name.
 
     Raises FileNotFoundError before they are downloaded, UserError if they can't be read, or one is stored twice.
     """
@@ -100,7 +100,7 @@ def _tensors(file: Path, _: int, num_bytes: int) -> dict[str, Stored]:
 
 
 def fetch(base: Base) -> None:
-    """Download the weights of a base on the hub to its cache. Raises UserError if that fails."""
+    """Download the weights of a ``base`` on the hub to its cache. Raises UserError if that fails."""
     if Path(base.location).is_dir():
         return
     from huggingface_hub import hf_hub_download
@@ -127,7 +127,7 @@ def fetch(base: Base) -> None:
 
 
 def check_weights(base: Base) -> list[str]:
-    """Compare the tensors of a base with its config.json; return its linear layers that are not in 4 bits.
+    """Compare the tensors of ``base`` with its config.json; return its linear layers that are not in 4 bits.
 
     A base not downloaded yet is not checked.
 
@@ -190,7 +190,7 @@ def _expected(base: Base) -> dict[str, tuple[int, ...]]:
 
 
 def is_linear(name: str) -> bool:
-    """True for the name of a weight of the decoder's linear layers: those in 4 bits, without biases and head."""
+    """True for the ``name`` of a weight of the decoder's linear layers: those in 4 bits, without biases and head."""
     return name.endswith(".weight") and name.split(".")[-2] in LINEARS
 
 

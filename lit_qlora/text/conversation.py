@@ -99,6 +99,8 @@ class Conversation:
 
 
 def first_difference(expected: str, came: str) -> int:
-    """The index of the first character in which two texts differ; the length of the shorter if it begins the other."""
+    """Index of the first character in which ``came`` differs from ``expected``; the shorter length if one begins the
+    other.
+    """
     pairs = enumerate(zip(expected, came, strict=False))
     return next((index for index, (one, other) in pairs if one != other), min(len(expected), len(came)))

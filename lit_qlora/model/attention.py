@@ -115,7 +115,7 @@ def _without_plans() -> AbstractContextManager[None]:
 
 
 def in_eights(heads: Tensor) -> Tensor:
-    """``[B, heads, T, head width]``, zero-padded to the next multiple of 8, which changes no product."""
+    """``heads``, ``[B, heads, T, head width]``, zero-padded to the next multiple of 8, which changes no product."""
     missing = -heads.shape[-1] % 8
     return functional.pad(heads, (0, missing)) if missing else heads
 

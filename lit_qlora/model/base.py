@@ -243,7 +243,7 @@ def _shards(base: Base, index: Path) -> list[str]:
 
 
 def split_names(target_modules: str | list[str]) -> str | list[str]:
-    """Names of linear layers as a list, also if given as one text with commas or spaces."""
+    """Names of linear layers, ``target_modules``, as a list, also if given as one text with commas or spaces."""
     if isinstance(target_modules, str) and not re.search(r"[\s,\[]", target_modules):
         return target_modules
     texts = [target_modules] if isinstance(target_modules, str) else target_modules

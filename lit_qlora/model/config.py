@@ -104,7 +104,7 @@ class Rope(NamedTuple):
 
 
 def rope_of(config: Mapping[str, Any]) -> Rope:
-    """The rope of any version's config.json: ``rope_parameters``, or the older ``rope_scaling`` and ``rope_theta``."""
+    """The rope of any version's ``config``: ``rope_parameters``, or the older ``rope_scaling`` and ``rope_theta``."""
     members = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     members = {name: value for name, value in members.items() if value is not None}
     theta = members.pop("rope_theta", None) or config.get("rope_theta") or 10000.0

@@ -255,8 +255,9 @@ class MicroBatch(NamedTuple):
 
 
 def draw_seeds(layers: Sequence[Layer]) -> tuple[int, ...]:
-    """A seed of dropout for each layer, 0 for one without: drawn on the host, so that dropout follows torch's seed and
-    backward can repeat it.
+    """A seed of dropout for each of ``layers``, 0 for one without.
+
+    Drawn on the host, so that dropout follows torch's seed and backward can repeat it.
     """
     return tuple(
         int(torch.randint(2**62, ())) if any(linear.dropout for linear in layer.linears) else 0 for layer in layers

@@ -50,7 +50,7 @@ class Weights:
         return _dequantised(self.quantised[index], self.compiles).to(dtype)
 
     def keep(self, dtype: torch.dtype) -> None:
-        """Dequantise all weights now, for all requests to come in this dtype."""
+        """Dequantise all weights now, for all requests to come in this ``dtype``."""
         if not self._kept or self._kept[0].dtype != dtype:
             self._kept = []  # the memory of the other dtype's, before the new ones take theirs
             with torch.inference_mode(False), torch.no_grad():  # made while scoring, they must still serve in training

@@ -55,7 +55,7 @@ def decide_for(device: Device) -> Iterator[None]:
 
 
 def decide_from_now_on_for(device: Device) -> Token[Device | None]:
-    """The same without an end, as far as the returned token is not used."""
+    """`decide_for` a ``device`` without an end, as far as the returned token is not used."""
     return _DECIDED_FOR.set(device)
 
 
@@ -77,7 +77,7 @@ def current_device(accelerator: str = "auto") -> Device:
 
 
 def lacks_kernels(capability: tuple[int, int]) -> str | None:
-    """Why this build of torch can't compute on a GPU of that compute capability; None if it can."""
+    """Why this build of torch can't compute on a GPU of compute ``capability``, major and minor; None if it can."""
     built = filter(None, (re.fullmatch(r"sm_(\d+)(\d)[a-z]?", name) for name in torch.cuda.get_arch_list()))
     oldest = min(((int(one[1]), int(one[2])) for one in built), default=capability)
     if capability >= oldest:

@@ -143,7 +143,7 @@ def _in_fp32(stored: bytes, dtype: str) -> bytes:
 
 
 def rules_of(config: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The parts of config.json that change the output at equal widths, whichever version of transformers wrote it."""
+    """The parts of ``config`` that change the output at equal widths, whichever version of transformers wrote it."""
     theta, kind, members = rope_of(config)
     scaling = sorted((name, _canonical(value)) for name, value in members.items()) if kind != "default" else []
     return (

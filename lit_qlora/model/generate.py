@@ -54,9 +54,9 @@ class Sampling:
 
 
 def stop_texts(given: str | Sequence[str]) -> tuple[str, ...]:
-    """The texts that an option ``stop`` names: itself, those of a list that it spells, or none where it is empty.
+    r"""The texts that ``given``, an option ``stop``, names: itself, a list that it spells, or none where it is empty.
 
-    A shell hands on ``\\n`` as two characters: they stand for a line's end, as they do in a list.
+    A shell hands on ``\n`` as two characters: they stand for a line's end, as they do in a list.
     """
     if not isinstance(given, str):
         return tuple(given)

@@ -324,7 +324,8 @@ class QLoRAModule(LearnsInParts):
         return chosen(was.kept(template, name), was.system if system is None and not is_another_fit else system)
 
     def save_adapter(self, folder: str | Path) -> None:
-        """Write the adapter as a plain PEFT folder, made if missing, with the tokenizer of its Trainer's DataModule.
+        """Write the adapter to ``folder`` as PEFT does, made if missing, with the tokenizer of its Trainer's
+        DataModule.
 
         Raises UserError before the model is loaded and for a file in its place, OSError if a file can't be written.
         """
@@ -337,7 +338,7 @@ class QLoRAModule(LearnsInParts):
             self._data.write_tokenizer(Path(folder), self.base.context_tokens)
 
     def load_adapter_weights(self, folder: Path) -> None:
-        """Load the weights of an adapter folder that was saved from this module."""
+        """Load the weights of an adapter ``folder`` that was saved from this module."""
         lora.load_adapter_weights(self.peft_model, folder)
 
     def describe(self) -> list[str]:

@@ -45,7 +45,7 @@ def dequantise(values: Tensor, state: Any, offset: Tensor | None) -> Tensor:
 
 
 def can_dequantise(values: Tensor, state: Any) -> bool:
-    """True for NF4 in whole words, with scales in fp32, nested or not: what bitsandbytes makes of usual shapes.
+    """True for NF4 ``values`` in whole words, with a ``state`` of fp32 scales, nested or not: bitsandbytes' usual.
 
     Not on a GPU too old for triton. Not into bf16 below compute capability 8.0, which can't round to it; 4-bit files
     made elsewhere may ask for it.

@@ -59,7 +59,7 @@ class HostStore:
         self._num_parked, self._last = 0, None
 
     def put(self, tensors: Sequence[Tensor]) -> Parked:
-        """Send the tensors of a layer, all of one dtype. They leave the card when `settle` lets them go."""
+        """Send the ``tensors`` of a layer, all of one dtype. They leave the card when `settle` lets them go."""
         parked = Parked(self._buffer(tensors), [tensor.shape for tensor in tensors], self._last)
         self._last = parked
         parts = parked.buffer[: sum(tensor.numel() for tensor in tensors)].split([one.numel() for one in tensors])
@@ -77,7 +77,7 @@ class HostStore:
             parked.on_card = []
 
     def take(self, parked: Parked) -> list[Tensor]:
-        """Fetch a layer's tensors; the next ones below begin to come."""
+        """Fetch a layer's tensors, which `put` returned as ``parked``; the next ones below begin to come."""
         self._fetch(parked)
         if parked.below:
             self._fetch(parked.below)
@@ -130,7 +130,7 @@ class HostStore:
 
 
 def copy_gb_per_s(size: int = 2**26) -> float:
-    """The rate of copies between this GPU and page-locked memory of its host, the slower way, in GB/s.
+    """The slower rate of copies of ``size`` bytes between this GPU and page-locked memory of its host, in GB/s.
 
     Raises UserError if no memory can be locked.
     """

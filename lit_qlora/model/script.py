@@ -66,7 +66,7 @@ SCALING = ("alpha", "rslora")
 
 
 def check_trainer(trainer: Trainer) -> None:
-    """Raises UserError for unsupported settings of a script's Trainer."""
+    """Raises UserError for unsupported settings of ``trainer``, a script's."""
     strategy = trainer.strategy
     known = isinstance(strategy, SingleDeviceStrategy | Replicas)
     expected = f"auto with devices=1 (on several devices, {COMMAND} fit trains)"
@@ -154,7 +154,7 @@ def refuse_kinds(given: Sequence[Any], option: str, taken: Mapping[Any, str]) ->
 
 
 def check_monitors(trainer: Trainer) -> None:
-    """Raises UserError if a callback of a script's Trainer monitors a figure that a fit does not log.
+    """Raises UserError if a callback of ``trainer``, a script's, monitors a figure that a fit does not log.
 
     Lightning would fail only at the first validation. With user callbacks, which could log figures, it is left to
     Lightning.
@@ -298,7 +298,7 @@ class Files(TorchCheckpointIO):
 
 @contextmanager
 def reading(checkpoint_path: Any) -> Iterator[None]:
-    """Around the reading of a checkpoint: raises UserError for a folder, as a run's are, and for what is none."""
+    """Around the reading of ``checkpoint_path``: raises UserError for a folder, as a run has, and for what is none."""
     if isinstance(checkpoint_path, str | Path) and Path(checkpoint_path).is_dir():
         raise UserError(
             f"{checkpoint_path} is a folder, and no checkpoint of Lightning's ModelCheckpoint",

@@ -39,13 +39,13 @@ NF4_TABLES = 4 * (16 + 256 + 1)
 
 
 def known_config(base: str) -> dict[str, Any] | None:
-    """The sizes of a Llama 2 by hub id, known without a download; None for any other."""
+    """The sizes of a Llama 2 by hub id, ``base``, known without a download; None for any other."""
     found = re.fullmatch(r"(?:nousresearch/llama-2-(\d+b)-hf|meta-llama/llama-2-(\d+b)(?:-chat)?-hf)", base.lower())
     return LLAMA_2_SIZES.get(found[1] or found[2]) if found else None
 
 
 def head_width_of(config: Mapping[str, Any]) -> int:
-    """The width of a head of queries, keys and values, by a base's config.json."""
+    """The width of a head of queries, keys and values, by a base's ``config``."""
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 

@@ -232,7 +232,7 @@ class Shards:
             from_first(False)
 
     def pass_through(self, backward: bool) -> None:
-        """Open the layers as a micro-batch does, and compute nothing."""
+        """Open the layers as a micro-batch does, forward and if ``backward`` back, too, and compute nothing."""
         for index in range(len(self)):
             self.open(index, 1)
         for index in reversed(range(self.lowest, len(self))) if backward else ():

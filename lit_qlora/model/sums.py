@@ -29,7 +29,7 @@ class AnswerSums:
         self._sums = dict.fromkeys(self.NAMES, 0)
 
     def add(self, outputs: Mapping[str, Any]) -> None:
-        """Add a result of `QLoRAModule.training_step`, each of the micro-batches that were learned together."""
+        """Add ``outputs``, a result of `QLoRAModule.training_step`: each of the micro-batches learned together."""
         for one in outputs.get("each") or [outputs]:
             for name in self.NAMES:
                 self._sums[name] = self._sums[name] + one[name]

@@ -49,7 +49,7 @@ class Stored(NamedTuple):
         return math.prod(self.shape)
 
     def read(self, places: Iterable[tuple[int, int]]) -> Iterator[bytes]:
-        """The bytes of some values; each place is a first index and a number of values."""
+        """The bytes of some values; each of ``places`` is a first index and a number of values."""
         with self.file.open("rb", buffering=0) as stream:
             for first, count in places:
                 stream.seek(self.start + first * self.value_bytes)

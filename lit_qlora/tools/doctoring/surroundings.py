@@ -43,7 +43,7 @@ class Finding(NamedTuple):
 
 
 def reason(error: BaseException) -> str:
-    """An error in one line."""
+    """An ``error`` in one line."""
     words = one_line(error)
     return f"{type(error).__name__}: {words}" if words else type(error).__name__
 
@@ -265,7 +265,7 @@ def _nvidia_smi(*args: str) -> str:
 
 
 def compiler(capability: tuple[int, int]) -> Iterator[Finding]:
-    """The tools for compiling kernels for a GPU of that compute capability: triton, a C compiler, Python's headers."""
+    """Whether triton, a C compiler and Python's headers are there, for a GPU of compute ``capability``."""
     from lit_qlora.model.device import compiler_lacks
 
     if missing := compiler_lacks(capability):

@@ -88,7 +88,7 @@ def _counts(seen: Look) -> Iterator[str]:
 
 
 def source_lines(part: Part) -> list[str]:
-    """Conversations and left-out rows of each of several sources."""
+    """Conversations and left-out rows of each of the sources of ``part``, where there are several."""
     return [
         f"{count:>9,} of {printable(name)}" + (f", {number_of(lost, 'rows')} left out" if lost else "")
         for name, count, lost in part.sources
@@ -96,7 +96,7 @@ def source_lines(part: Part) -> list[str]:
 
 
 def part_figures(parts: Sequence[Part]) -> list[tuple[str, list[int]]]:
-    """The figures of each part, by their titles."""
+    """The figures of each of ``parts``, by their titles."""
     return [
         ("rows", [part.num_rows for part in parts]),
         ("  left out", [len(part.left_out) + part.kept.count(0) for part in parts]),
@@ -140,7 +140,7 @@ def _lines_of_losses(seen: Look) -> Iterator[str]:
 
 
 def lengths_in_words(seen: Look) -> str:
-    """Mean, median and the like."""
+    """Mean, median, 95 % quantile and maximum of the tokens per conversation that were ``seen``."""
     lengths = sorted(length for part in seen.parts for length in part.lengths)
     p95 = lengths[max(0, -(-len(lengths) * 95 // 100) - 1)]
     figures = f"mean {statistics.mean(lengths):,.0f}, median {statistics.median(lengths):,.0f}, 95 % up to {p95:,}"
@@ -148,13 +148,13 @@ def lengths_in_words(seen: Look) -> str:
 
 
 def longest(seen: Look) -> str:
-    """The place of the longest conversation."""
+    """The place of the longest conversation that was ``seen``."""
     _, place = max(pair for part in seen.parts for pair in zip(part.lengths, part.where, strict=True))
     return printable(place)
 
 
 def bins(seen: Look) -> list[Bin]:
-    """Lengths before any cut: eight steps up to the cap, behind it each as wide as all before it."""
+    """Lengths ``seen``, before any cut: eight steps up to the cap, behind it each as wide as all before it."""
     lengths = [length for part in seen.parts for length in part.lengths]
     edges = [round(seen.max_length * part / 8) for part in range(9)]
     while edges[-1] < max(lengths):
@@ -164,7 +164,7 @@ def bins(seen: Look) -> list[Bin]:
 
 
 def cap_in_words(seen: Look) -> str:
-    """How many conversations are longer than the cap, and what they lose."""
+    """How many conversations of those ``seen`` are longer than the cap, and what they lose."""
     pairs = [pair for part in seen.parts for pair in zip(part.lengths, part.kept, strict=True)]
     longer = sum(length > seen.max_length for length, _ in pairs)
     lost, are = sum(length - kept for length, kept in pairs), "is" if longer == 1 else "are"
@@ -188,14 +188,14 @@ def _histogram(seen: Look) -> Iterator[str]:
 
 
 def batching_name(batching: Batching) -> str:
-    """The options that choose it."""
+    """The options that choose ``batching``."""
     plan = batching.plan
     by = f"batch_tokens {plan.tokens:,}" if plan.tokens else f"batch_size {plan.rows}"
     return f"{by}, packing" if plan.packed else by
 
 
 def run_in_words(seen: Look) -> str:
-    """The steps of the whole run, and its share of an epoch if it does not take all of one."""
+    """The steps of the whole run ``seen``, and its share of an epoch if it does not take all of one."""
     steps, taken = number_of(seen.num_steps, "steps"), seen.num_taken
     whole = next(one.micro_batches for one in seen.batchings if one.is_chosen)
     some = "" if taken == whole else f", with {taken:,} of {whole:,} micro-batches per epoch"
@@ -215,7 +215,7 @@ def _batchings(seen: Look) -> Iterator[str]:
 
 
 def doubles_of(seen: Look, kind: str) -> list[tuple[str, str]]:
-    """The places of the held-out and the training row of each double of a kind."""
+    """The places of the held-out and the training row of each double of a ``kind`` that was ``seen``."""
     train, held_out = seen.parts
     return [(held_out.where[one], train.where[other]) for one, other, found in seen.doubles if found == kind]
 
@@ -233,7 +233,7 @@ def _doubles(seen: Look) -> Iterator[str]:
 
 
 def title_of(row: Shown) -> tuple[str, str]:
-    """The place of a row; and its part and size."""
+    """The place of a ``row``; and its part and size."""
     learned = sum(token.learned for token in row.tokens)
     return printable(row.where), f"({row.part}): {len(row.tokens):,} tokens, {learned:,} learned"
 
@@ -285,18 +285,18 @@ def by_kind(found: Sequence[Found], accepted: Collection[str] = ()) -> dict[str,
 
 
 def num_rows(found: Iterable[Found]) -> int:
-    """How many rows have these faults: one may have several."""
+    """Number of rows with the faults that were ``found``: one may have several."""
     return len({one.where for one in found})
 
 
 def accepted_in(seen: Look, accepted: Collection[str]) -> list[tuple[str, int]]:
-    """The kinds of faults that are meant to be so and there are, in words, with their rows."""
+    """The kinds of faults ``accepted`` that were ``seen``, in words, with their rows."""
     kinds = by_kind(seen.found)
     return [(KINDS[kind], num_rows(kinds[kind])) for kind in accepted if kind in kinds]
 
 
 def verdict_in_words(seen: Look, accepted: Collection[str]) -> str:
-    """The verdict in a line."""
+    """The verdict on what was ``seen`` in a line, without faults of the ``accepted`` kinds."""
     kinds = by_kind(seen.found, accepted)
     rows = num_rows(one for found in kinds.values() for one in found)
     if rows:

@@ -44,7 +44,7 @@ class StoredWeights:
         return _read_weight(self._files[name], name)
 
     def state(self, name: str) -> dict[str, str]:
-        """The names of the tensors beside a 4-bit weight, by their last parts; empty for any other weight."""
+        """Names of the tensors beside the 4-bit weight ``name``, by their last parts; empty for any other weight."""
         matches = (STATE.fullmatch(other) for other in self._files if other.startswith(f"{name}."))
         return {match[2]: match[0] for match in matches if match}
 

@@ -33,7 +33,7 @@ class InspectCLI(DryCLI):
         self.page = None if options.html is None else _page_file(options.html)
 
     def inspect(self, model: QLoRAModule, datamodule: ChatDataModule) -> None:
-        """Read every row."""
+        """Read every row of ``datamodule``; LightningCLI calls it, with ``model``, as it would the Trainer's method."""
         options, trainer = self.config_init[self.verb], self.trainer
         trainer.datamodule, datamodule.trainer = datamodule, trainer  # type: ignore[attr-defined]
         datamodule.any_number = "unread" not in self.accepted

@@ -41,7 +41,7 @@ class PlanCLI(DryCLI):
         """Do nothing: the tokenizer may not be downloaded, see `find_rows`."""
 
     def plan(self, model: QLoRAModule, datamodule: ChatDataModule) -> None:
-        """Make the forecast; LightningCLI calls it as it would the Trainer's method."""
+        """Make the forecast of ``model`` and ``datamodule``; LightningCLI calls it as it would the Trainer's method."""
         options = self.config_init[self.verb]
         trainer: Any = self.trainer
         trainer.datamodule, datamodule.trainer = datamodule, trainer

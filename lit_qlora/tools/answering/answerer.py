@@ -127,6 +127,9 @@ def trained_run(run: str | None) -> RunFolder:
     Args:
         run: a run folder or its name; None for the newest run.
 
+    Returns:
+        The run, whose adapter is there.
+
     Raises:
         UserError: if there is no such run, or no adapter in it.
     """

@@ -317,6 +317,9 @@ def disk(what: str, folder: Path, needed: int, remedy: str) -> Iterator[Finding]
         folder: where; it may not exist yet.
         needed: bytes.
         remedy: what to do if it is too small.
+
+    Yields:
+        One finding: a problem if the folder is not writable or the disk is too small.
     """
     there = existing_folder(folder)
     free = free_bytes(there)

@@ -126,6 +126,9 @@ def look(trainer: Any, data: ChatDataModule, num_shown: int, shown_row: str | No
         num_shown: number of training rows to show, from the first on.
         shown_row: the one to show instead: its number in the file, or ``file:number``.
 
+    Returns:
+        All that was seen, for the terminal and the page.
+
     Raises:
         UserError: as a fit does for rows, format and options; and if there is no such row to show.
     """

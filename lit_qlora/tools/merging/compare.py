@@ -126,6 +126,9 @@ def difference(folder: Path, wanted: Reference, device: torch.device) -> Differe
         folder: the merged model.
         wanted: what its logits are to be.
         device: device to compute on.
+
+    Returns:
+        The greatest difference of a logit, and how often the likeliest token is the same.
     """
     found = streamed_logits(find_base(str(folder)), wanted.input_ids, device)[wanted.is_token]
     agreement = (found.argmax(-1) == wanted.logits.argmax(-1)).float().mean().item()

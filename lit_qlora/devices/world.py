@@ -249,13 +249,14 @@ def join(gpu: int | None) -> None:
     _meet()
     store = distributed.PrefixStore("group", _store[0])
     options: dict[str, Any] = {"store": store, "timeout": DEAD, "rank": here.rank, "world_size": here.size}
-    with peers():  # one that is through may end while others still connect
+    with peers():
         if gpu is None:
             distributed.init_process_group("gloo", **options)
         else:
             torch.cuda.set_device(gpu)
             distributed.init_process_group("nccl", device_id=torch.device("cuda", gpu), **options)
         _host_group.append(distributed.new_group(backend="gloo", timeout=LONGEST_WAIT))
+    barrier()  # one that were through, and ended, would be lost to those that still connect
 
 
 def _group() -> Any:

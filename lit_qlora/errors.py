@@ -203,6 +203,6 @@ def one_line(error: object, most: int = 200) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of another project's error, cut to 200 characters; the name of its class if it says nothing."""
+    """The first line of another project's ``error``, cut to 200 characters; else the name of its class."""
     words = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip()
     return words if len(words) <= 200 else f"{words[:200]}…"

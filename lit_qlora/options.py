@@ -51,17 +51,17 @@ def quoted(error: UserError) -> UserError:
 
 
 def actions_of(parser: Any) -> list[Any]:
-    """The options of a parser as argparse has them, which has no public name for them."""
+    """The options of a ``parser`` as argparse has them, which has no public name for them."""
     return parser._actions  # type: ignore[no-any-return]
 
 
 def type_of(action: Any) -> Any:
-    """The type of one of `actions_of`; None if it stands for no argument of a function."""
+    """The type of an ``action`` of `actions_of`; None if it stands for no argument of a function."""
     return getattr(action, "_typehint", None)
 
 
 def typed_actions(parser: Any) -> list[Any]:
-    """Those of `actions_of` that stand for an argument of a function."""
+    """Those `actions_of` a ``parser`` that stand for an argument of a function."""
     return [action for action in actions_of(parser) if type_of(action) is not None]
 
 
@@ -113,7 +113,15 @@ class OneLineErrors:
         return found
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raises UserError with the cause only."""
+        """Exit by a UserError with the cause only.
+
+        Args:
+            message: of jsonargparse, of one line or several.
+            ex: that it was made from.
+
+        Raises:
+            UserError: always.
+        """
         parser = getattr(ex, "subcommand_parser", None) or self
         only = _NOTHING_ELSE.fullmatch(str(message))
         if only:  # jsonargparse takes a file of nothing but "name:" for a text
@@ -271,7 +279,13 @@ def no_class(name: str, option: str, known: Iterable[str], why: str = "") -> Use
 
 
 def lacks(name: str, option: str, arguments: Sequence[str]) -> UserError:
-    """The error for the class ``name`` given to ``option`` without ``arguments`` that it needs."""
+    """The error for a class that was given without arguments that it needs.
+
+    Args:
+        name: of the class.
+        option: dotted name, which it was given to.
+        arguments: names of those that are missing, at least one.
+    """
     return UserError(
         f"has no value, and {name} needs {' and '.join(arguments)}",
         option=f"{option}.{arguments[0]}",
@@ -299,7 +313,13 @@ def _mistake(message: str, names: list[str]) -> UserError:
 
 
 def no_option(section: str, value: str, names: Sequence[str]) -> UserError:
-    """The error for ``value`` given to a ``section`` of the options ``names``."""
+    """The error for a value given to a section of options.
+
+    Args:
+        section: dotted name, such as ``trainer``.
+        value: as it was typed.
+        names: dotted names of all options.
+    """
     what = f"is no option but a section of them, got {excerpt(value)}"
     return UserError(what, option=section, remedy=here(section, [*names]) or SEE_HELP)
 
@@ -333,7 +353,7 @@ def did_you_mean(name: str, names: list[str]) -> str | None:
 
 
 def plain(value: Any) -> Any:
-    """A copy of parsed options with each enum as its value: jsonargparse can't write one that is a text's default."""
+    """A copy of ``value``, parsed options, without enums: jsonargparse can't write one that is a text's default."""
     if isinstance(value, Namespace):
         return Namespace(**{name: plain(one) for name, one in vars(value).items()})
     if isinstance(value, dict):
@@ -410,6 +430,11 @@ def check_once(args: Sequence[str], types: Mapping[str, Any]) -> None:
 
 
 def configs_first(args: Sequence[str], changed: Callable[[str], str] = str) -> list[str]:
-    """A command line with its config files, as ``changed`` gives them, in front: other options count anywhere."""
+    """A command line with its config files in front: other options count anywhere.
+
+    Args:
+        args: the command line, without the verb.
+        changed: gives the file to put in place of each.
+    """
     configs, others = take_option(args, *CONFIG)
     return [arg for one in configs for arg in (CONFIG[0], *(() if one is None else [changed(one)]))] + others

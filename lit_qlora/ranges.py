@@ -143,7 +143,15 @@ TOGETHER: tuple[tuple[str, Callable[..., bool], str], ...] = (
 
 
 def check_scored(verb: str, limit: Any) -> None:
-    """Raises UserError where validate is to score none of the micro-batches, by its trainer.limit_val_batches."""
+    """Check that validate has something to score.
+
+    Args:
+        verb: the subcommand; others than validate may score nothing.
+        limit: of trainer.limit_val_batches, as given.
+
+    Raises:
+        UserError: no micro-batch is left.
+    """
     holds = verb != "validate" or limit != 0
     require(holds, "trainer.limit_val_batches", "micro-batches to score, 1.0 for all", limit)
 

@@ -128,7 +128,12 @@ def hold_off() -> None:
 
 
 def leave_at_once(number: int, frame: FrameType | None) -> None:
-    """Exit with one line, after an import in progress; a second signal does not wait for files either."""
+    """Exit with one line, after an import in progress; a second signal does not wait for files either.
+
+    Args:
+        number: of the signal.
+        frame: not used.
+    """
     if number in PATIENT and _is_ending[0]:
         return
     take_over(_exit, URGENT)
@@ -186,7 +191,11 @@ def signal_name(number: int) -> str:
 def print_now(line: str, stream: Any = None) -> None:
     """Print a line from within a handler, which may interrupt another print that it can't wait for.
 
-    On a terminal it takes the place of a progress bar and of the ``^C`` behind that.
+    On a terminal it takes the place of a progress bar and of the ^C behind that.
+
+    Args:
+        line: without its end.
+        stream: to print to; standard output by default.
     """
     stream = stream or sys.stdout
     start = f"\r{'':{get_terminal_size().columns - 1}}\r" if stream.isatty() else "\n"

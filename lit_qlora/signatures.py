@@ -178,7 +178,7 @@ class ModuleSource:
         return init, _argument_words(ast.get_docstring(found)) | _argument_words(ast.get_docstring(init))
 
     def value(self, node: ast.expr | None) -> Any:
-        """A default; `UNKNOWN` for what is no plain value."""
+        """The default that ``node`` spells, None without one; `UNKNOWN` for what is no plain value."""
         if node is None:
             return None
         if isinstance(node, ast.Name) and node.id not in ("None", "True", "False"):
@@ -190,7 +190,7 @@ class ModuleSource:
             return UNKNOWN
 
     def type(self, node: ast.expr | None) -> Any:
-        """A plain type; `UNKNOWN` for a class."""
+        """The plain type that ``node`` spells; `UNKNOWN` for a class."""
         found: Any = UNKNOWN
         match node:
             case ast.BinOp(left, ast.BitOr(), right):

@@ -333,5 +333,5 @@ def own_plugins(given: Any) -> list[Any]:
 
 
 def as_list(given: Any) -> list[Any]:
-    """The value of an option of one or several: a list, empty for None."""
+    """The value ``given`` to an option of one or several, as a list, empty for None."""
     return given if isinstance(given, list) else [] if given is None else [given]

@@ -49,7 +49,7 @@ def duration(least: float, most: float | None = None) -> str:
 
 
 def kind(value: object) -> str:
-    """The kind of a value, in words of the files."""
+    """The kind of a ``value``, in words of the files."""
     kinds = {
         bool: "true or false", int: "a number", float: "a number", str: "a text", list: "a list", dict: "one object",
         NoneType: "null",

@@ -375,9 +375,6 @@ def test_modules_of_one_name_are_about_one_thing() -> None:
     assert {*_owners(lambda path: {path.stem})} == {*ROLES}
 
 
-DOCUMENTED = [path for path in MODULES if path.parent.name != "lit_qlora"]
-
-
 def _own(path: Path, kept: ast.ClassDef) -> list[ast.FunctionDef]:
     """The public methods of a class that no base of it has, and so documents."""
     made = getattr(import_module(".".join(path.relative_to(ROOT).with_suffix("").parts)), kept.name)
@@ -385,7 +382,7 @@ def _own(path: Path, kept: ast.ClassDef) -> list[ast.FunctionDef]:
     return [one for one in public if not any(hasattr(base, one.name) for base in made.__mro__[1:])]
 
 
-@pytest.mark.parametrize("path", DOCUMENTED, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_public_function_names_its_arguments(path: Path) -> None:
     body = [one for one in ast.parse(path.read_text()).body if not getattr(one, "name", "_").startswith("_")]
     methods = [(one, True) for made in body if isinstance(made, ast.ClassDef) for one in _own(path, made)]

@@ -29,7 +29,13 @@ base_error = partial(UserError, option="model.base")
 
 @dataclass(frozen=True)
 class Base:
-    """A base that can be loaded. ``location`` is a folder or a hub id; ``name`` is what the user wrote."""
+    """A base that can be loaded.
+
+    Args:
+        name: what the user wrote.
+        location: a folder, or a hub id.
+        config: its config.json, as `model.config.read_config` returns it.
+    """
 
     name: str
     location: str

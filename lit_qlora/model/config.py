@@ -96,7 +96,13 @@ def _ropes(head_width: int) -> dict[str, _Members]:
 
 
 class Rope(NamedTuple):
-    """How positions rotate queries and keys. ``members`` are those of ``kind``, and any others beside them."""
+    """How positions rotate queries and keys.
+
+    Args:
+        theta: the base of the wavelengths, as config.json has it.
+        kind: such as ``default`` or ``llama3``.
+        members: those of that kind, and any others beside them.
+    """
 
     theta: Any
     kind: Any

@@ -26,7 +26,14 @@ QKV, OUT, GATE_UP, DOWN = (0, 1, 2), (3,), (4, 5), (6,)
 
 
 class Linear(NamedTuple):
-    """How a linear layer adds to its product, and its LoRA if it has one: ``x W' + bias + scaling · drop(x) A' B'``."""
+    """How a linear layer adds to its product, and its LoRA if it has one: ``x W' + bias + scaling · drop(x) A' B'``.
+
+    Args:
+        bias: ``[out]``; None without one.
+        scaling: of LoRA, as peft has it.
+        dropout: share of the inputs of LoRA that are dropped, from 0 to below 1.
+        has_lora: False if the layer is left as it is.
+    """
 
     bias: Tensor | None
     scaling: float
@@ -35,10 +42,18 @@ class Linear(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """The parts of a decoder layer. ``linears`` are q, k, v, o, gate, up, down; ``lora`` A and B of those with LoRA.
+    """The parts of a decoder layer.
 
-    ``weights`` gives the weights of ``linears``; ``head_norms`` are those of the norms of queries and keys, per head,
-    where there are such.
+    Args:
+        linears: q, k, v, o, gate, up, down.
+        weights: gives the weights of these, ``[out, in]``.
+        lora: A ``[rank, in]`` and B ``[out, rank]`` of each with LoRA, in order.
+        buffers: for 16-bit copies of these.
+        norms: weights ``[h]`` of the norms before attention and before the MLP.
+        head_norms: weights ``[head_width]`` of the norms of queries and keys, per head; None without such norms.
+        epsilon: of all norms.
+        head_width: of queries and keys.
+        pointwise: the functions that are no products, compiled or not.
     """
 
     linears: tuple[Linear, ...]
@@ -243,9 +258,13 @@ def run_layers(layers: Sequence[Layer], hidden: Tensor, places: Places, kept_lay
 
 
 class MicroBatch(NamedTuple):
-    """Hidden states ``[B, T, h]`` before the layers, their places, and a seed of dropout for each layer.
+    """A micro-batch before the layers.
 
-    ``part`` is that of a `Batch`: what is dropped of a part is what would be dropped of it in the whole one.
+    Args:
+        hidden: ``[B, T, h]``.
+        places: of its tokens.
+        seeds: of dropout, one per layer.
+        part: as of a `Batch`: what is dropped of a part is what would be dropped of it in the whole one.
     """
 
     hidden: Tensor

@@ -51,7 +51,16 @@ BASE_KEYS = ("base", "base_fingerprint", "base_dtype")
 
 @dataclass(frozen=True)
 class Lora:
-    """The options of LoRA, named as in peft's LoraConfig."""
+    """The options of LoRA, as peft's LoraConfig has them.
+
+    Args:
+        rank: ``r``.
+        alpha: ``lora_alpha``; the scaling is alpha / rank, or alpha / sqrt(rank) with ``rslora``.
+        dropout: share of the inputs of A that are dropped, from 0 to below 1.
+        target_modules: names of linear layers, or a pattern or keyword of peft's.
+        rslora: ``use_rslora``.
+        dora: ``use_dora``.
+    """
 
     rank: int
     alpha: float

@@ -62,7 +62,16 @@ def target_names(target_modules: str | Sequence[str]) -> Sequence[str]:
 
 @dataclass(frozen=True)
 class Shape:
-    """The widths of a base. Linear layers are ``(in, out)`` by name, of one decoder layer."""
+    """The widths of a base.
+
+    Args:
+        hidden: width of the hidden states.
+        num_layers: decoder layers.
+        vocabulary: ids, ``vocab_size`` of config.json.
+        tied: True if the head is the embedding.
+        linears: ``(in, out)`` of each linear layer of one decoder layer, by name.
+        num_heads: of queries.
+    """
 
     hidden: int
     num_layers: int

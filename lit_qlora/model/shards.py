@@ -24,7 +24,13 @@ ALIGNED = 256
 
 
 class TensorPart(NamedTuple):
-    """A tensor of a layer, of which some bytes can be had: ``read(first, count)`` gives them as uint8."""
+    """A tensor of a layer, of which some bytes can be had.
+
+    Args:
+        dtype: of its values.
+        shape: of the whole tensor.
+        read: gives some bytes as uint8: the number of the first, and how many.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]

@@ -35,7 +35,15 @@ COMPARED_VALUES, COMPARED_PLACES = 4096, 16
 
 
 class Stored(NamedTuple):
-    """A tensor in a file: ``start`` in bytes from the file's beginning."""
+    """A tensor in a file.
+
+    Args:
+        file: of safetensors.
+        dtype: as safetensors names it, such as ``F16``.
+        shape: sizes of its dimensions.
+        start: where its values begin, in bytes from the file's beginning.
+        value_bytes: bytes of one value.
+    """
 
     file: Path
     dtype: str

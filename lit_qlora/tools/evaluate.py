@@ -38,7 +38,16 @@ CALLED_HERE = {"data.test_source": "source", "data.max_length": "max_length"}
 
 
 class Asked(NamedTuple):
-    """The questions of each subject as ids, the letters as ids, and the index of each right one."""
+    """Questions to be answered by one letter each.
+
+    Args:
+        names: of the subjects.
+        prompts: ids of each question, by subject.
+        letters: the ids of A, B, C and D.
+        answers: index into ``letters`` of each right answer, by subject.
+        shots: answered questions in front of each.
+        style: how they are asked, as an option's value.
+    """
 
     names: list[str]
     prompts: list[list[list[int]]]

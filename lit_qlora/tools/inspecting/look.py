@@ -36,7 +36,15 @@ class Found(NamedTuple):
 
 @dataclass
 class Part:
-    """What is learned, or what is held out."""
+    """What is learned, or what is held out.
+
+    Args:
+        name: of the part, as it is printed.
+        source: where its rows come from.
+        conversations: one per row that is not left out.
+        where: the place of the row of each of these.
+        left_out: rows that are not taken, with the reason.
+    """
 
     name: str
     source: str
@@ -82,7 +90,15 @@ class Part:
 
 
 class Batching(NamedTuple):
-    """A way to batch the training rows, and what an epoch comes to by it: ``padding`` is a share of all tokens."""
+    """A way to batch the training rows, and what an epoch comes to by it.
+
+    Args:
+        plan: the way.
+        micro_batches: of an epoch.
+        steps: optimizer steps of an epoch.
+        padding: share of all tokens, from 0 to below 1.
+        is_chosen: True if the run batches so.
+    """
 
     plan: BatchPlan
     micro_batches: int
@@ -101,7 +117,16 @@ class Shown(NamedTuple):
 
 @dataclass(frozen=True)
 class Look:
-    """All that was seen of a fit's rows."""
+    """All that was seen of a fit's rows.
+
+    Args:
+        parts: what is learned, and what is held out if anything is.
+        max_length: tokens to which conversations are cut.
+        batchings: the run's own, and others to compare.
+        doubles: held-out conversations that are in training, too.
+        found: faults of rows.
+        shown: rows to be shown token by token.
+    """
 
     parts: list[Part]
     max_length: int

@@ -43,7 +43,13 @@ class Reference(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """The difference of two models' logits."""
+    """The difference of two models' logits.
+
+    Args:
+        greatest: absolute difference of a logit.
+        agreement: share of tokens at which the likeliest next one is the same.
+        num_tokens: tokens that were compared.
+    """
 
     greatest: float
     agreement: float

@@ -26,7 +26,14 @@ Style = Literal["plain", "chat"]
 
 @dataclass(frozen=True)
 class Question:
-    """A question with its four choices, the letter of the right one, and its place in the file."""
+    """A question with its four choices.
+
+    Args:
+        where: its file and line.
+        text: of the question.
+        choices: four, in the order of A to D.
+        answer: the letter of the right one.
+    """
 
     where: str
     text: str

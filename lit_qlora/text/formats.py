@@ -256,7 +256,7 @@ class PromptFormat(ABC):
         return {"prompt_format": self.name} | ({"system": self.system} if self.system else {})
 
     @classmethod
-    def recorded(cls, record: Mapping[str, Any], place: str) -> Self:
+    def from_record(cls, record: Mapping[str, Any], place: str) -> Self:
         """The format of a record.
 
         Args:
@@ -359,7 +359,7 @@ def from_record(record: Mapping[str, Any], folder: str | Path, file: str) -> Pro
     if name not in kinds:
         known = " and ".join(map(repr, kinds))
         raise UserError(f"its prompt format is {excerpt(name)}, this version knows {known} only", place=folder)
-    return kinds[name].recorded(record, place)
+    return kinds[name].from_record(record, place)
 
 
 def _require_text(value: object, option: str, place: str | None = None) -> None:

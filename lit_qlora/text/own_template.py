@@ -307,7 +307,7 @@ class Template(PromptFormat):
         return dict([named, ("template", self.source), ("template_sha256", _sha256(self.source)), *rest])
 
     @classmethod
-    def recorded(cls, record: Mapping[str, Any], place: str) -> Self:
+    def from_record(cls, record: Mapping[str, Any], place: str) -> Self:
         """Raises UserError unless the template in a record is the one that was recorded."""
         source, expected = record.get("template"), record.get("template_sha256")
         if source is None or expected is None:

@@ -306,7 +306,7 @@ def test_a_date_that_is_always_today_s_is_one_day_for_all():
     assert jinja.render(jinja.compile_template(published), messages, "", "<|im_end|>", True) == asked
     # What an adapter records is the base's own template, from which the same follows again.
     assert template.source == SMOLLM3.source
-    again = Template.recorded(template.record(), "adapter").of(template.spelled)
+    again = Template.from_record(template.record(), "adapter").of(template.spelled)
     assert again.pieces(Conversation(TALK)) == template.pieces(Conversation(TALK))
     # One that has a date of its own takes that.
     own = template_of(SHAPES["llama 3.1"])

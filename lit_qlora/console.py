@@ -188,7 +188,7 @@ def complain(what: str | UserError, mark: str = "") -> None:
 
     Args:
         what: a line, or an error, whose remedy has a line of its own on a terminal unless all of it fits one.
-        mark: stands before it, such as ``error: ``, unless the line begins with one.
+        mark: stands before it, such as ``error: ``.
     """
     line, error = f"{mark}{what}", what if isinstance(what, UserError) else UserError(str(what))
     shown = fitted(line, sys.stderr, error.place)

@@ -214,7 +214,7 @@ def _place(name: str) -> tuple[str, str]:
         return TAGS[name]
     group, _, rest = name.partition("/")
     if group not in GROUPS:
-        return TRAINING_FOLDER, name
+        return HELD_OUT_FOLDER if group == "val" else TRAINING_FOLDER, name
     title, part = GROUPS[group]
     words = rest.removesuffix("_gib").replace("train_", "training, ").replace("load_", "loading, ")
     return part, f"{title}/{words.replace('validation_', 'validation, ').replace('_', ' ')}"

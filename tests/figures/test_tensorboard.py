@@ -98,7 +98,7 @@ def test_the_loss_comes_first_and_training_and_held_out_share_its_chart(tmp_path
     record.log_metrics({"val/loss": 2.0, "val/accuracy": 0.25}, 0)
     record.log_metrics({"train/loss": 1.0, "train/learning_rate": 0.125, "mine/own": 3.0}, 5)
     record.log_metrics({"memory/train_reserved_gib": 7.5, "memory/predicted_reserved_gib": 8.0}, 5)
-    record.log_metrics({"val/loss": 1.5, "val/accuracy": 0.5, "samples/ended": 3.0}, 5)
+    record.log_metrics({"val/loss": 1.5, "val/accuracy": 0.5, "val/own": 4.0, "samples/ended": 3.0}, 5)
     record.log_metrics({"val/loss": float("nan"), "val/accuracy": 0.0}, 6)
     record.log_metrics({"val/loss": 1.75, "val/accuracy": 0.75}, 7)
     for _ in range(2):
@@ -109,9 +109,10 @@ def test_the_loss_comes_first_and_training_and_held_out_share_its_chart(tmp_path
         tags = sorted({*training, *held_out, *forecast} - {"config"})
         assert tags == [
             LOSS, "2 Learning/learning rate", RESERVED, "5 Tokens/accuracy", "6 Sample answers/ended",
-            "7 Best adapter/held-out accuracy", "7 Best adapter/held-out loss", "mine/own",
+            "7 Best adapter/held-out accuracy", "7 Best adapter/held-out loss", "mine/own", "val/own",
         ]  # fmt: skip
         assert training["7 Best adapter/held-out loss"] == [(5, 1.5)]  # before training there is no adapter
+        assert held_out["val/own"] == [(5, 4.0)]
         assert training["7 Best adapter/held-out accuracy"] == [(5, 0.5)]
         assert (tmp_path / "demo" / "metrics.jsonl").read_text().startswith('{"step": 0, "val/loss": 2.0,')
         record.close_step()

@@ -1,6 +1,6 @@
 """Owns the findings about this machine: packages, GPU, memory, disks, token. Each has its remedy.
 
-Imports only the standard library and our errors at the top, for machines where something else can't be imported.
+Imports only the standard library and modules of ours that need no more, at the top: other packages may be broken.
 """
 
 import importlib

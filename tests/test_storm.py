@@ -63,9 +63,9 @@ def test_the_command_itself_killed_at_random_ends_as_if_never_cut() -> None:
     """``python main.py`` each time, imports and all."""
     total = 0
     for seed in range(1, 6):
-        told = storm("--runs", "1", "--seed", str(seed), "--cold", "1", "--variants", "accumulated")
-        assert told.startswith("1 of 1 runs ended as if never cut, to the last bit\n")
+        told = storm("--runs", "2", "--seed", str(seed), "--cold", "1", "--variants", "accumulated")
+        assert told.startswith("2 of 2 runs ended as if never cut, to the last bit\n")
         total += sum(int(count) for count in re.findall(r"\(cold\) (\d+)", told))
-        if total >= 3:
+        if total >= 5:
             return
-    pytest.fail(f"only {total} kills in 5 runs")
+    pytest.fail(f"only {total} kills in 10 runs")

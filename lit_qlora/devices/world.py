@@ -256,7 +256,7 @@ def join(gpu: int | None) -> None:
             torch.cuda.set_device(gpu)
             distributed.init_process_group("nccl", device_id=torch.device("cuda", gpu), **options)
         _host_group.append(distributed.new_group(backend="gloo", timeout=LONGEST_WAIT))
-    barrier()  # one that were through, and ended, would be lost to those that still connect
+    barrier()  # one that is through may end, and would be lost to those that still connect
 
 
 def _group() -> Any:

@@ -81,6 +81,23 @@ def _agree() -> list[Any]:
     ]  # fmt: skip
 
 
+def test_none_leaves_the_meeting_while_another_still_connects() -> None:
+    def seconds() -> float:
+        real, began = distributed.new_group, time.monotonic()
+
+        def slow(*args: Any, **kwargs: Any) -> Any:
+            group = real(*args, **kwargs)
+            time.sleep(1.5 if world.world().rank == 1 else 0)
+            return group
+
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(distributed, "new_group", slow)
+            world.join(None)
+        return time.monotonic() - began
+
+    assert min(run_several(2, seconds, joins=False)) >= 1.4
+
+
 def test_three_processes_agree() -> None:
     expected = [[2, 0], 5, True, False, {"a": 4.5, "b": 3}, ["of 0", "of 1", "of 2"], 7, 9]
     assert run_several(3, _agree) == [expected] * 3

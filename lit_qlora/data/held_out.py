@@ -272,7 +272,7 @@ class Parts:
             problem, remedy = f"{self._names()} is the training data itself", "leave it out to hold out a share"
             raise UserError(problem, option="data.validation_source", remedy=remedy)
         if not 0 < self.share < 1:
-            problem = f"is {self.share}, expected between 0 and 1, such as 0.05, because {name} has no test split"
+            problem = f"is {self.share}, expected between 0 and 1, such as 0.05: there is no test split in {name}"
             remedy = "held-out rows choose the adapter; 0.0001 holds out one, or give data.validation_source"
             raise UserError(problem, option="data.validation_share", remedy=remedy)
 

@@ -24,7 +24,7 @@ class Batch(NamedTuple):
     positions: Tensor
     targets: Tensor
     rows: tuple[int, ...]
-    """Which rows of the data set these are, ``B`` of them."""
+    """Numbers of the rows in the data set, ``B`` of them, or one per conversation if packed."""
     num_tokens: int
     """Tokens that are not padding."""
     step_answer_tokens: int
@@ -33,14 +33,14 @@ class Batch(NamedTuple):
     lengths: tuple[int, ...] = ()
     """Tokens of each conversation packed into one row, without padding. None attends to another."""
     is_here: bool = True
-    """False for one that another device computes: ids, positions and targets are left out."""
+    """False for a micro-batch that another device computes: ids, positions and targets are left out."""
     device: int = -1
-    """Which of several devices it was dealt to; -1: each computes it."""
+    """Number of the device that the micro-batch was dealt to; -1 if each computes it."""
     highest_id: int = -1
     """The highest of ``input_ids``, found on the host, where it is no wait for the device; -1: unknown."""
     part: tuple[int, int] = (0, 0)
-    """For a part of a split micro-batch, the index of its first token in the flattened ids of the whole, and how many
-    tokens that has; (0, 0) if it is whole."""
+    """The place of a part of a split micro-batch: the index of its first token in the flattened ids, and how many
+    tokens the whole has; (0, 0) if it is whole."""
 
     def to(self, device: torch.device) -> "Batch":
         """The batch with its tensors on ``device``, which is what Lightning calls; one that is not here stays."""

@@ -41,9 +41,13 @@ CONFIG_REMEDY = "put that line right, or take it out"
 
 
 class Command(NamedTuple):
-    """A command line from its verb on, and the run that gives the other options; ``is_newest`` where it names none.
+    """A command line of fit or its kin.
 
-    ``started_at`` is by ``time.monotonic``.
+    Args:
+        args: the verb and all that follows.
+        kept: the run whose own options apply where the command gives none; None without one.
+        is_newest: True if the command names no run, so that ``kept`` is the newest.
+        started_at: time of the start in seconds, by ``time.monotonic``.
     """
 
     args: list[str]

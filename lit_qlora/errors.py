@@ -119,6 +119,9 @@ def recorded_in(place: PathLike[str], advice: str) -> Iterator[None]:
     Args:
         place: the run or the adapter that records it.
         advice: which option to give instead.
+
+    Raises:
+        UserError: in place of the one without.
     """
     try:
         yield

@@ -61,12 +61,12 @@ def type_of(action: Any) -> Any:
 
 
 def typed_actions(parser: Any) -> list[Any]:
-    """Those `actions_of` a ``parser`` that stand for an argument of a function."""
+    """The `actions_of` a ``parser`` that stand for an argument of a function."""
     return [action for action in actions_of(parser) if type_of(action) is not None]
 
 
 class OneLineErrors:
-    """A mixin for jsonargparse parsers: errors are one line with the nearest accepted name, not a page of usage.
+    """A mixin for jsonargparse parsers: errors are one line with the nearest accepted name, not a page of ``usage``.
 
     Names can't be abbreviated.
     """
@@ -79,13 +79,13 @@ class OneLineErrors:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def parse_args(self, *given: Any, **more: Any) -> Any:
-        """As jsonargparse's, but that values are checked by `_as_typed`."""
+        """Parse as jsonargparse does, with values checked by `_as_typed`."""
         self._check_as_typed()
         args = (self._with_dashes(args) if args else args for args in given[:1])
         return super().parse_args(*args, *given[1:], **more)  # type: ignore[misc]
 
     def parse_object(self, *given: Any, **more: Any) -> Any:
-        """As jsonargparse's, likewise: so it reads the arguments of a class."""
+        """Parse a class's arguments as jsonargparse does, with values checked by `_as_typed`."""
         self._check_as_typed()
         return super().parse_object(*given, **more)  # type: ignore[misc]
 

@@ -139,7 +139,7 @@ TOGETHER: tuple[tuple[str, Callable[..., bool], str], ...] = (
         lambda value, temperature, default=default: bool(temperature) or value == default, f"{name} temperature",
     ) for name, default in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0))),
 )  # fmt: skip
-"""As `RANGES`, of the first of some options, given the values of all."""
+"""Rules on several options: what is expected of the first, the check on the values of all, and the options."""
 
 
 def check_scored(verb: str, limit: Any) -> None:

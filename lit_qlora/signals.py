@@ -88,7 +88,7 @@ def no_signals_for_children() -> Iterator[None]:
 
 
 def hear() -> None:
-    """In a process begun under `no_signals_for_children` that handles signals by now: let them through."""
+    """Unblock the signals in a process started under `no_signals_for_children`, once it handles them."""
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 

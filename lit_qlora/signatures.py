@@ -42,11 +42,18 @@ UNKNOWN = object()
 """Stands for a type or a value that can't be read off the sources."""
 ONE = Union[dict, str, int, float, bool, None]  # type: ignore[type-arg]  # noqa: UP007
 ANYTHING = Union[list[ONE], dict, str, int, float, bool, None]  # type: ignore[type-arg]  # noqa: UP007
-"""For a class of the user's choice, or a list of such. Not ``Any``: jsonargparse imports the classes in that."""
+"""The type of a class of the user's choice, or a list of such. Not ``Any``: jsonargparse would import the classes."""
 
 
 class Option(NamedTuple):
-    """An option by its dotted name. ``type`` and ``default`` are the real ones, or `UNKNOWN`; None is no type."""
+    """An option.
+
+    Args:
+        name: its dotted name.
+        type: its plain type; `UNKNOWN` if it can't be read off the sources, None if any text is accepted.
+        default: its default; `UNKNOWN` likewise.
+        help: what help prints of it.
+    """
 
     name: str
     type: Any
@@ -55,7 +62,7 @@ class Option(NamedTuple):
 
     @property
     def spelled(self) -> list[str]:
-        """How it is written on a command line: with dashes also as with underscores."""
+        """Spellings on a command line: the name, and with underscores for its dashes."""
         return [*dict.fromkeys((f"--{self.name}", f"--{self.name.replace('-', '_')}"))]
 
 
@@ -75,7 +82,7 @@ OF_RUN = (
 )  # fmt: skip
 """The options beside any class's, of all verbs."""
 _SCORED = (Option("ckpt_path", None, "best", "what to score: best | last | base | an adapter or checkpoint folder"),)
-"""Without a type: the command line alone gives it, and no file of a run."""
+"""The option that validate and test share; without a type, since only the command line gives it, never a run's file."""
 OF_VERB: Mapping[str, tuple[Option, ...]] = {
     "validate": _SCORED,
     "test": _SCORED,
@@ -92,7 +99,7 @@ OF_VERB: Mapping[str, tuple[Option, ...]] = {
         Option("accept", str | None, None, f"kinds of faults to accept, separated by commas: {', '.join(KINDS)}"),
     ),
 }  # fmt: skip
-"""Those of one verb alone."""
+"""The options of single verbs."""
 
 
 @cache

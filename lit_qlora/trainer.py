@@ -80,7 +80,7 @@ class RunParser(OneLineErrors, LightningArgumentParser):
     def add_lightning_class_args(
         self, lightning_class: Any, nested_key: str, subclass_mode: bool = False, required: bool = True
     ) -> list[str]:
-        """As LightningCLI's, without the Trainer's options that are not offered."""
+        """Add arguments as LightningCLI does, without the Trainer's options that are not offered."""
         if not issubclass(lightning_class, Trainer):
             return super().add_lightning_class_args(lightning_class, nested_key, subclass_mode, required)
         return self.add_class_arguments(
@@ -88,7 +88,7 @@ class RunParser(OneLineErrors, LightningArgumentParser):
         )
 
     def add_class_arguments(self, class_type: Any, *args: Any, **kwargs: Any) -> list[str]:
-        """As jsonargparse's, but that Lightning's loggers of files need no ``save_dir``; see `IN_RUN`.
+        """Add arguments as jsonargparse does; Lightning's file loggers need no ``save_dir``, see `IN_RUN`.
 
         Raises UserError for a callback or a plugin that may not be given, before it asks for its arguments.
         """
@@ -110,7 +110,7 @@ class RunParser(OneLineErrors, LightningArgumentParser):
         return classes_for(option) if option in OF_LIGHTNING else ()
 
     def instantiate_classes(self, cfg: Any, **kwargs: Any) -> Any:
-        """As jsonargparse's. Raises UserError if a class of the user's choice, such as a logger, fails."""
+        """Create classes as jsonargparse does. Raises UserError if one of the user's own, such as a logger, fails."""
         failed: list[UserError] = []
 
         def make(kind: type, *given: Any, option: str, **more: Any) -> Any:
@@ -157,6 +157,9 @@ class QLoRATrainer(Trainer):
         detect_anomaly: true: name the operation whose gradient is not finite; much slower.
         plugins: Lightning plugins of your own.
         num_weights: number of weights of the base, on which the precision on a CPU depends.
+
+    Raises:
+        UserError: for devices that are not there, or can't compute in the precision.
     """
 
     @checked_arguments("trainer")
@@ -190,7 +193,7 @@ class QLoRATrainer(Trainer):
         check_kernels(device)
         gpus, here = find_gpus(devices, num_nodes, accelerator), world()
         self.num_processes = count_processes(devices, num_nodes, accelerator)
-        """Over which the micro-batches of a step are dealt."""
+        """Number of processes that share the micro-batches of a step."""
         if device.is_here and here.size == 1:
             check_started(devices, len(gpus), num_nodes)
         chosen, self.precision_reason = choose_precision(precision, device, num_weights)

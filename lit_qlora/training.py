@@ -107,7 +107,7 @@ class QLoRACLI(LightningCLI):
         self.resume_from: Path | None = None
         self.mirror: Mirror | None = None
         self.mirrored: Path | None = None
-        """Where the mirror has the adapter."""
+        """Path of the adapter in the mirror."""
         super().__init__(
             QLoRAModule,
             ChatDataModule,
@@ -453,7 +453,7 @@ class DryCLI(QLoRACLI):
         """Do nothing: the run folder is not touched."""
 
     def own_loggers(self) -> list[Logger]:
-        """None: they write."""
+        """No loggers, since they write."""
         return []
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -313,18 +314,51 @@ def _python(*args: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+FRAGMENTS = {
+    "Another", "Around", "As", "By", "Else", "For", "From", "In", "It", "Its", "Likewise", "Of", "Over", "That",
+    "Those", "Until", "Whether", "Which", "With", "Without"
+}  # fmt: skip
+"""Words that begin the rest of a sentence whose subject is elsewhere."""
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_docstring_is_complete_in_itself(path: Path) -> None:
+    """A module's, a class's, a function's or a value's: a noun phrase, an imperative or a sentence."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Expr) and (words := _literal(node.value).split()):
+            assert words[0].strip(",:") not in FRAGMENTS, f"line {node.lineno}: {' '.join(words[:8])}"
+
+
+def _listed(words: str) -> set[str]:
+    """The names under ``Args:`` in a docstring."""
+    _, _, args = words.partition("Args:\n")
+    return {*re.findall(r"^    (\w+): ", re.split(r"\n\n?(?=\w)", args)[0], re.MULTILINE)}
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_public_class_says_what_its_arguments_are(path: Path) -> None:
     """Those of its own constructor, and others only where it passes on what it does not name."""
     for node in ast.parse(path.read_text()).body:
         if not isinstance(node, ast.ClassDef) or node.name.startswith("_"):
             continue
+        said = _listed(ast.get_docstring(node) or "")
         for made in (one for one in node.body if isinstance(one, ast.FunctionDef) and one.name == "__init__"):
             given = {one.arg for one in (*made.args.args[1:], *made.args.kwonlyargs)}
-            _, _, words = (ast.get_docstring(node) or "").partition("Args:\n")
-            own = re.split(r"\n\n?(?=\w)", words)[0]
-            said = {*re.findall(r"^    (\w+): ", own, re.MULTILINE)}
             assert given == (said & given if made.args.kwarg else said), node.name
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_public_class_says_what_its_fields_are(path: Path) -> None:
+    """Under ``Args:``, in its sentences between double backticks, or below the field; or in a text that it is given."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            words = ast.get_docstring(node) or ""
+            said = _listed(words) | {*re.findall(r"``(\w+)[^`]*``", words)}
+            for one, below in pairwise((*node.body, None)):
+                if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name) and one.target.id[0] != "_":
+                    has_text = isinstance(one.value, ast.Call) and any(map(_literal, one.value.args))
+                    has_text |= isinstance(below, ast.Expr) and bool(_literal(below.value))
+                    assert has_text or one.target.id in said, f"line {one.lineno}: {node.name}.{one.target.id}"
 
 
 SEVERAL = {
@@ -390,7 +424,28 @@ def test_a_public_function_names_its_arguments(path: Path) -> None:
         words = ast.get_docstring(one) or ""
         is_bound = is_method and "staticmethod" not in map(ast.unparse, one.decorator_list)
         given = [arg.arg for arg in (*one.args.args[is_bound:], *one.args.kwonlyargs)]
-        _, _, listed = words.partition("Args:\n")
-        said = {*re.findall(r"^    (\w+): ", re.split(r"\n\n?(?=\w)", listed)[0], re.MULTILINE)}
-        said |= {*re.findall(r"``(\w+)[^`]*``", words)} if len(given) < 3 and not listed else set()
+        said = _listed(words)
+        said |= {*re.findall(r"``(\w+)[^`]*``", words)} if len(given) < 3 and not said else set()
         assert {*given} <= said, f"line {one.lineno}: {one.name}"
+
+
+def _lets_out(node: ast.AST) -> bool:
+    """True if an error is raised in ``node`` itself, and not in a try, which may catch it, or in a function within."""
+    if isinstance(node, ast.Raise):
+        return node.exc is not None
+    parts = [*node.handlers, *node.orelse, *node.finalbody] if isinstance(node, ast.Try) else ast.iter_child_nodes(node)
+    return any(_lets_out(part) for part in parts if not isinstance(part, ast.FunctionDef | ast.ClassDef))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_public_function_says_what_it_raises(path: Path) -> None:
+    """A constructor may say it in the words of its class."""
+    tree = ast.parse(path.read_text())
+    for made in (tree, *(one for one in tree.body if isinstance(one, ast.ClassDef) and not one.name.startswith("_"))):
+        for one in (one for one in made.body if isinstance(one, ast.FunctionDef)):
+            words = ast.get_docstring(one) or ""
+            if one.name in ("__init__", "__post_init__"):
+                words += ast.get_docstring(made) or ""
+            elif one.name.startswith("_"):
+                continue
+            assert "Raises" in words or not _lets_out(one), f"line {one.lineno}: {one.name}"

@@ -35,6 +35,9 @@ class SampleAnswers(Callback, Needs):
         min_p: sample from tokens at least this share as likely as the likeliest.
         repetition_penalty: lowers the odds of tokens already in the prompt or answer, such as 1.1; 1: none.
         stop: a text that ends an answer and is not part of it, or a list of them.
+
+    Raises:
+        UserError: for what can't be drawn from.
     """
 
     @checked_arguments("samples")

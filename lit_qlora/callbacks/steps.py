@@ -35,7 +35,7 @@ class StepEdge(Callback):
         """True if a callback asked the Trainer to stop inside of a step."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Of several processes, none waits for the others within a step."""
+        """Keep processes from waiting for each other within a step."""
         if world().size > 1:  # Lightning would broadcast for each micro-batch; a stop is agreed on once per step
             trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 

@@ -21,7 +21,7 @@ class OwnSignals(Callback):
     handler."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Until the run's own handler is there."""
+        """Handle SIGTERM by `leave_at_once` until the run's own handler is installed."""
         take_over(leave_at_once)
 
 
@@ -161,6 +161,6 @@ class StopWithoutGain(EarlyStopping):
         return {**super().state_dict(), "step": self._step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As Lightning's, but with the patience of the command line, not of the checkpoint."""
+        """Restore Lightning's state, but keep the patience of the command line."""
         super().load_state_dict({**state_dict, "patience": self.patience})
         self._step = state_dict["step"]

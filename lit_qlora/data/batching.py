@@ -199,7 +199,7 @@ def collate(
 
 
 def elsewhere(rows: Sequence[int], lengths: Sequence[int], step_answer_tokens: int, packed: bool) -> Batch:
-    """In place of a micro-batch that another device computes: as large, and with as many tokens, by ``lengths``.
+    """A stand-in for a micro-batch that another device computes, of the same shape and number of tokens.
 
     Args:
         rows: row numbers.
@@ -280,7 +280,7 @@ def num_cores() -> int:
 
 
 def _watch_parent(_: int) -> None:
-    """In a worker: make it end with its parent process, even if that was killed."""
+    """Make a worker end with its parent process, even if that was killed."""
 
     def wait(sentinel: int) -> None:
         connection.wait([sentinel])

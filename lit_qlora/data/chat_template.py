@@ -19,7 +19,7 @@ SPACE_BEFORE_EACH_STRETCH = {
 }
 
 KEEP_SPACE_OF_THE_TEXT = {"type": "Replace", "pattern": {"Regex": rf"\A{SPACE}"}, "content": SPACE * 2}
-"""Else Metaspace takes a `SPACE` that a text begins with for the one that it puts there."""
+"""A rule without which Metaspace takes a `SPACE` that a text begins with for the one that it adds itself."""
 
 PROMPT_PROBES = (
     Conversation((Turn("user", "Hello"),)),

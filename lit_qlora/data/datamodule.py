@@ -120,7 +120,7 @@ class ChatDataModule(LightningDataModule):
         self.train_on, self.max_length = train_on, max_length
         self._given = tokenizer, read_template(template), system
         self._awaits_base = is_of_base(template)
-        """Whether the prompt format is to be read from a base that is not known yet."""
+        """True if the prompt format is to be read from a base that is not known yet."""
         self.prompt_format = _prompt_format(None if self._awaits_base else self._given[1], system)
         self.plan = BatchPlan(batch_size, batch_tokens, packing)
         self.num_workers = num_workers
@@ -133,7 +133,7 @@ class ChatDataModule(LightningDataModule):
         self._records: dict[str, Records] = {}
         self._rows: dict[str, EncodedRows] = {}
         self.notes = defaultdict[str, list[str]](list)
-        """By part, what is to be known of its rows beside their counts, such as splits that were not read."""
+        """Remarks on the rows of each part beside their counts, such as splits that were not read."""
         self.run_rows: RunRows | None = None
         """The learned and held-out rows of a run, if its rows are scored."""
         self._run_record: Path | None = None
@@ -365,7 +365,7 @@ class ChatDataModule(LightningDataModule):
         self._run_record, self.run_rows = file, RunRows.read(file)
 
     def recorded(self) -> RunRows:
-        """Which rows are learned and which are held out, for `recall`."""
+        """The record of which rows are learned and which are held out, for `recall`."""
         train, held_out = (self._records[part].conversations for part in ("train", "validation"))
         return RunRows.of(train, held_out, as_text(self.validation_source))
 

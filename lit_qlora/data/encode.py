@@ -176,7 +176,7 @@ class Encoder:
         return map(self.example, self.written(conversations))
 
     def written(self, conversations: Iterable[Conversation]) -> Iterator[list[Written]]:
-        """For each conversation in its order, all of its pieces, before any cut.
+        """Yield all pieces of each conversation, in order, before any cut.
 
         Args:
             conversations: any number of them; some hundred are encoded in one call.
@@ -218,7 +218,7 @@ class Encoder:
         return sum(turn.learned for turn in conversation.turns[1:-1:2])
 
     def _may_be_learned(self, conversation: Conversation, pieces: Sequence[Piece]) -> Iterator[bool]:
-        """Of each piece, whether its turn may be learned. Prompts and answers are the turns in order, one each."""
+        """True for each piece whose turn may be learned. Prompts and answers are the turns in order, one each."""
         if conversation.is_text:
             yield from (True for _ in pieces)
             return
@@ -287,7 +287,7 @@ class Encoder:
         return "" if text.endswith(UNFINISHED) else text
 
     def is_over(self, stop: Sequence[str]) -> Callable[[Sequence[int]], bool] | None:
-        """For `lit_qlora.model.generate`: whether an answer's ids hold one of ``stop``; None where there is none."""
+        """The test for one of ``stop`` in an answer's ids, for `lit_qlora.model.generate`; None without ``stop``."""
         if not stop:
             return None
         tokens = self._special(stop)
@@ -321,7 +321,7 @@ class Encoder:
 
     @cached_property
     def _takes_space_for_its_own(self) -> bool:
-        """Whether a text that begins with `SPACE` loses it, which Meta's code keeps."""
+        """True if the tokenizer drops a `SPACE` that a text begins with, which Meta's code keeps."""
         one, other = self.tokenizer(["x", f"{SPACE}x"], add_special_tokens=False)["input_ids"]
         return bool(one == other)
 

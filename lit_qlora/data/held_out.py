@@ -55,7 +55,7 @@ class Parts:
 
     @cached_property
     def splits(self) -> dict[Source, Splits]:
-        """Those of each source, but what another source trains on. Raises UserError when one isn't found."""
+        """The splits of each source, but those that another source trains on. Raises UserError if one isn't found."""
         found = {source: find_splits(source) for source in sources_of(self.source)}
         learned = [_split_of(source, splits.names.get("train", "")) for source, splits in found.items()]
         return {

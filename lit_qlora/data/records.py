@@ -133,7 +133,7 @@ class Records:
 
     @cached_property
     def conversations(self) -> list[Conversation]:
-        """Those that are kept, in their order."""
+        """The conversations that are kept, in order."""
         return [one.conversation for one in self.kept]
 
     @cached_property

@@ -276,7 +276,7 @@ def _named_like(names: Mapping[str, str], known: Sequence[str]) -> str | None:
 
 
 def _holds_turn(value: Any) -> bool:
-    """Whether ``value`` may be a prompt or an answer: a text, or messages."""
+    """True if ``value`` may be a prompt or an answer: a text, or messages."""
     return not isinstance(value, dict | list) or messages.holds_messages(value)
 
 

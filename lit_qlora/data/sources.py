@@ -401,7 +401,7 @@ def _not_found(asked: Source, page: str) -> tuple[str, str]:
 
 
 def _configurations(asked: Source) -> list[str]:
-    """Those of a data set on the hub, if one of them has to be named and none of them is; else empty."""
+    """The configurations of a data set on the hub, if one of them has to be named and none is; else empty."""
     import datasets
 
     try:

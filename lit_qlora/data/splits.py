@@ -157,14 +157,14 @@ def kind_named(name: object) -> str | None:
 
 
 def names_by_kind(found: Sequence[str]) -> dict[str, str]:
-    """For each kind in `SPLITS`, the split in ``found`` that is named so; of several, as on the hub, the plainest."""
+    """The split in ``found`` that is named for each kind in `SPLITS`; the plainest name of several, as on the hub."""
     return {
         kind: name for kind, known in SPLITS.items() for one in reversed(known) for name in found if name.lower() == one
     }
 
 
 def names_beside(chosen: str, found: Sequence[str]) -> dict[str, str]:
-    """Of each other kind, the split that is named like a chosen one: ``test_prefs`` beside ``train_prefs``.
+    """The split of each other kind that is named like a given one: ``test_prefs`` beside ``train_prefs``.
 
     Args:
         chosen: name of a split.
@@ -295,7 +295,7 @@ def _by_split(folder: Path, named: Mapping[Path, _Name]) -> dict[str, list[Path]
 
 
 def _by_folder(folder: Path) -> dict[str, list[Path]]:
-    """Of folders that are named as splits, the files."""
+    """The files of subfolders that are named as splits, by the subfolder's name."""
     found = {path: _data_in(path) for path in entries(folder) if path.is_dir() and path.name.lower() in SPLIT_NAMES}
     for path, paths in found.items():
         _check_parts(path, paths)
@@ -309,7 +309,7 @@ def _check_parts(folder: Path, paths: Sequence[Path]) -> None:
 
 
 def _missing(paths: Sequence[Path]) -> list[str]:
-    """In words, what has parts among ``paths``, but not all."""
+    """A line for each split of which ``paths`` has some parts, but not all."""
     numbers = dict[tuple[Path, str, int], set[int]]()
     for path in paths:
         if part := SHARD.match(_stem(path)):

@@ -148,7 +148,7 @@ def stop_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
 
 
 def _load(base: str, kind: str = "AutoTokenizer", **changes: bool) -> "PreTrainedTokenizerBase":
-    """By the class that tokenizer_config.json names, or by another ``kind``."""
+    """Load a tokenizer by the class that tokenizer_config.json names, or by the class ``kind``."""
     import transformers
 
     location = str(demo.BASE) if base == "demo" else base
@@ -221,7 +221,7 @@ def _check_named(base: str, tokenizer: "PreTrainedTokenizerBase") -> None:
 
 
 def _is_class(name: Any) -> bool:
-    """Whether a name is of one of the library's tokenizers; any other class of it would be loaded, too.
+    """True if ``name`` is a tokenizer class of the library, which would load any other class of its own, too.
 
     A name that the library does not have stands for the plain tokenizer of its kind, or is refused as code.
     """

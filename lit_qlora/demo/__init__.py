@@ -13,4 +13,4 @@ TEST = Path(__file__).parent / "test.jsonl"
 
 WORLD = "made-up islands: 36 villages, in each an islander with work and a pet"
 QUESTION = "Who goes everywhere with Silas?"
-"""Of a held-out islander: the base has read about him, and no training row names him."""
+"""A question about a held-out islander: the base has read about him, and no training row names him."""

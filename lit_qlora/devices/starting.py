@@ -31,9 +31,9 @@ from lit_qlora.signals import (
 )
 
 PARENT = "LIT_QLORA_PARENT"
-"""In the environment of a process that `run_several` began: the number of the one that did."""
+"""Environment variable of a process started by `run_several`: the process id of its parent."""
 AGENT = "TORCHELASTIC_RUN_ID"
-"""In the environment of a process that torchrun's agent began."""
+"""Environment variable of a process started by torchrun's agent."""
 GRACE_S = 6.0
 """Seconds that the others have to end by themselves behind the first that failed."""
 LOST = 75
@@ -46,7 +46,7 @@ CODE = "import sys; sys.path.insert(0, {root!r}); from lit_qlora.cli import main
 
 
 class SeveralAsked(Exception):  # noqa: N818  # nothing went wrong
-    """The options ask for as many processes as its argument says, and this one is alone."""
+    """An exception of a process that is alone, though its options ask for as many as its argument says."""
 
 
 def take_place(is_for_several: bool = True) -> list[str]:
@@ -91,7 +91,7 @@ def _by_torchrun() -> dict[str, str] | None:
 
 
 def _by_slurm() -> dict[str, str] | None:
-    """Of a process that srun began as one of several."""
+    """The variables that torchrun would set, for a process that srun started as one of several; None for any other."""
     number = os.environ.get("SLURM_STEP_NUM_TASKS", "")
     if not number.isdecimal() or int(number) < 2:
         return None

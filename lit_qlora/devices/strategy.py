@@ -39,7 +39,7 @@ class Replicas(ParallelStrategy):
 
     @property
     def root_device(self) -> torch.device:
-        """This process's."""
+        """The device of this process."""
         assert self.parallel_devices is not None
         return self.parallel_devices[0]
 
@@ -53,7 +53,7 @@ class Replicas(ParallelStrategy):
         self.model.to(self.root_device)
 
     def setup(self, trainer: Trainer) -> None:
-        """As Lightning's; every process begins with the adapter of the first."""
+        """Set up as Lightning does, then start every process with the adapter of the first."""
         super().setup(trainer)
         weights = [value.detach() for value in self._trained()]
         self._through_one_buffer(weights, lambda buffer: distributed.broadcast(buffer, 0))

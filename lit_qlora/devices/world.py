@@ -24,7 +24,7 @@ T = TypeVar("T")
 OF_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 """torchrun's names in the environment of one of several processes, in the order of `World`."""
 STORE = "LIT_QLORA_STORE"
-"""In the environment of processes that this project started: the file through which they find each other."""
+"""Environment variable of processes that this project started: the file through which they find each other."""
 LONGEST_WAIT = timedelta(days=1)
 """How long one process may take for what the others wait for, such as a download; one that ends is noticed at once."""
 DEAD = timedelta(minutes=10)
@@ -36,7 +36,7 @@ REPLY = timedelta(seconds=5)
 
 
 class World(NamedTuple):
-    """Which process this one is, of all and of those on this machine; counted from 0.
+    """The place of this process among all processes, and among those on this machine.
 
     Args:
         rank: number of this process among all.
@@ -52,7 +52,7 @@ class World(NamedTuple):
 
 
 class LostError(UserError):
-    """Another process of the run has ended, or does not answer."""
+    """An error for another process of the run that has ended, or does not answer."""
 
 
 class AllEnd(SystemExit):
@@ -197,7 +197,7 @@ def _meet() -> None:
 
 
 def _looks(limit: timedelta) -> Iterator[tuple[bool, bool]]:
-    """For each look at other processes: whether ``limit`` is over; and whether, for once, the wait is a `LONG` one."""
+    """Yield at each poll of the other processes: whether ``limit`` is over, and, once, whether the wait is `LONG`."""
     began, is_reported = time.monotonic(), False
     while True:
         waited_s = time.monotonic() - began
@@ -289,7 +289,7 @@ def hang_up() -> None:
 
 @contextmanager
 def silent_unless_first() -> Iterator[None]:
-    """Of several processes, let only the first print; an error that leaves is for the caller to show."""
+    """Let only the first process print inside the context. The caller reports an error that leaves it."""
     if is_first():
         yield
         return
@@ -299,7 +299,7 @@ def silent_unless_first() -> Iterator[None]:
 
 @contextmanager
 def peers() -> Iterator[None]:
-    """Around what all processes take part in. Raises LostError where one does not."""
+    """A context for what all processes take part in. Raises LostError if one does not."""
     try:
         yield
     except RuntimeError as error:

@@ -30,7 +30,7 @@ SIZE = 5.6, 3.1
 """Inches, at 72 points each: a chart fills half of a wide page, and the whole of a narrow one."""
 
 DOTS = 160
-"""Of the PNG, per inch."""
+"""Dots per inch of the PNG."""
 
 PEAKS = {
     "loading": "memory/load_reserved_gib",

@@ -121,7 +121,7 @@ def _text(value: Any) -> str:
 
 
 def _configuration(run: RunFolder) -> tuple[dict[str, Any], list[str], str]:
-    """That of the first start, what later starts changed, and why there is none."""
+    """The configuration of the first start, what later starts changed, and why there is none."""
     try:
         first = run.read_config()
     except UserError as error:
@@ -176,7 +176,7 @@ def _tiles(
 
 
 def _samples(file: Path, step: int) -> Iterator[dict[str, str]]:
-    """Those of the best adapter, or else of the newest: the prompt, the base's answer and the adapter's, and how each
+    """The samples of the best adapter, or else of the newest: prompt, answers of base and adapter, and how each
     was cut off, or nothing. Before training, only the base has answered.
     """
     reasons = {CUT: "cut at the limit", CUT_BY_CONTEXT: "cut by the base's context"}
@@ -201,6 +201,6 @@ def _decisions(decided: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
 
 
 def _versions(decided: Mapping[str, Any]) -> str:
-    """Those of the run, by its record; not those of whoever makes the report."""
+    """The package versions that the run recorded, not those of whoever makes the report."""
     kept = decided.get("versions")
     return ", ".join(f"{_text(name)} {_text(found)}" for name, found in kept.items()) if isinstance(kept, dict) else ""

@@ -109,7 +109,7 @@ class Board:
         self.folder = folder
         self._config, self._settings = config, settings
         self._files = {part: sorted((folder / part).glob(PATTERN)) for part in FOLDERS}
-        """Of each part, the files of earlier starts; from `refresh` on, that of this one."""
+        """Event files of earlier starts by part; after `refresh`, the one of this start."""
         self._is_stale, self._is_doubled = True, False
         self._best = math.inf
         self.problem: str | None = None

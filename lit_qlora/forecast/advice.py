@@ -92,13 +92,13 @@ def once_out_of_room(plan: BatchPlan, max_length: int, accumulate: int, rows: in
 
 
 def _recorded(forecast: Forecast) -> list[Forecast]:
-    """What auto comes to depends on all else, so that it is changed wherever kernels could be recorded."""
+    """A forecast without recorded kernels, wherever they could be recorded: what auto chooses depends on all else."""
     can_record = forecast.cuda_graphs and not (forecast.is_slow or forecast.plan.packed)
     return [replace(forecast, cuda_graphs=False)] if can_record else []
 
 
 def _recomputation(forecast: Forecast) -> list[Forecast]:
-    """``auto`` keeps as much as fits, so it fits where ``full`` does."""
+    """A forecast with checkpointing auto, which keeps as much as fits, and so fits where full does."""
     return [replace(forecast, checkpointing="auto")] if forecast.checkpointing in ("none", "selective") else []
 
 
@@ -109,7 +109,7 @@ def _smaller_batches(forecast: Forecast) -> list[Forecast]:
 
 
 def _fewer_samples(forecast: Forecast) -> list[Forecast]:
-    """For the user's own prompts none or all, since a count is one of held-out prompts."""
+    """Fewer sample answers; none of the user's own prompts, since a count is one of held-out prompts."""
     samples = forecast.samples
     if samples.are_own:
         return [replace(forecast, samples=NO_SAMPLES)]
@@ -187,7 +187,7 @@ def smallest_change(forecast: Forecast) -> Change | None:
 
 
 def _walk(forecast: Forecast, share: float) -> Forecast | None:
-    """From the most expensive kind of change down: the smallest step after which cheaper kinds can still make it fit.
+    """Take, from the most expensive kind of change down, the smallest step after which cheaper kinds can make it fit.
 
     Walked once: after each step taken, the cheaper kinds that follow can make it fit.
     """
@@ -250,7 +250,7 @@ def quickest(forecast: Forecast) -> Change | None:
 
 
 def _seconds_per_token(forecast: Forecast) -> float | None:
-    """Compared per token, since an epoch limited to a number of micro-batches has more tokens if they are larger."""
+    """Seconds per token: an epoch limited to a number of micro-batches has more tokens if they are larger."""
     return None if forecast.hours is None else forecast.hours * 3600 / forecast.epoch.tokens
 
 

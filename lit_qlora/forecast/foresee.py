@@ -84,7 +84,7 @@ COLAB_HOST = Host(4 * GIB, 6.0)
 WORTH = 0.01
 """Smallest share of a micro-batch's time that one more in the same pass must save."""
 FORWARD_SHARE, BUS_SHARE = 1 / 3, 1 / 2
-"""Of a micro-batch's time, in which copies to the host must be done; and of that, what they may take."""
+"""Share of a micro-batch's time in which copies to the host must be done, and the share of it that they may take."""
 
 
 class Batches(NamedTuple):

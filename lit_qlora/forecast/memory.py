@@ -131,7 +131,7 @@ def _part(words: str) -> Any:
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes on the card at one ``moment`` of a step, by purpose."""
+    """Bytes on the card at one ``moment`` of a step, by purpose: `_part` has the words for each."""
 
     moment: str
     weights: int = _part("base: linear layers in 4 bits, the rest in 16")
@@ -149,28 +149,28 @@ class StepMemory:
     cache: int = _part("keys and values of sample answers")
     workspace: int = _part("cuBLAS's scratch")
     apart: int = 0
-    """Memory that the allocator holds for other moments and can't reuse for this one: of recorded kernels, or for
+    """Bytes that the allocator holds for other moments and can't reuse for this one: of recorded kernels, or for
     them."""
     kernels: int = 0
-    """Memory of recordings that CUDA keeps outside of torch."""
+    """Bytes of recordings that CUDA keeps outside of torch."""
     exchange: int = 0
-    """Memory of NCCL, outside of torch."""
+    """Bytes of NCCL, outside of torch."""
 
     @property
     def total(self) -> int:
-        """To be compared with ``torch.cuda.max_memory_allocated()``."""
+        """Bytes of tensors, to be compared with ``torch.cuda.max_memory_allocated()``."""
         return sum(getattr(self, name) for name in MEMORY_PARTS)
 
     @property
     def reserved(self) -> int:
-        """To be compared with ``torch.cuda.max_memory_reserved()``."""
+        """Bytes held by torch's allocator, to be compared with ``torch.cuda.max_memory_reserved()``."""
         # Shares and buffers of a shared base are a few large blocks, which stay where they are.
         without_gaps = self.activations + (self.weights + self.arriving if self.arriving else 0)
         return self.total + self.apart + int(FRAGMENTATION * (self.total - without_gaps))
 
     @property
     def on_card(self) -> int:
-        """All memory that the card must have, CUDA's context included."""
+        """Bytes that the card must have, CUDA's context included."""
         return self.reserved + self.kernels + self.exchange + CUDA_CONTEXT
 
 

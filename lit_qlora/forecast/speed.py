@@ -42,7 +42,7 @@ class Epoch:
 
 
 def waits_for_host(step: Step, card: Card) -> bool:
-    """Whether a card computes the layers faster than its host starts their kernels.
+    """True if a card computes the layers faster than its host starts their kernels.
 
     Args:
         step: settings and sizes of a micro-batch.

@@ -155,7 +155,7 @@ def table_line(what: str, size: float, unit: int = GIB) -> str:
 
 
 def kept_words(step: Step) -> str:
-    """Which layers recompute their activations or send some to the host in a ``step``, and what else saves time."""
+    """A line on which layers recompute activations or send some to the host in a ``step``, and what else saves time."""
     layers = step.shape.num_layers
     graphs = "; kernels are recorded (CUDA graphs)" if step.uses_cuda_graphs else ""
     graphs += f"; {step.hosted_layers} send some to the host" if step.hosted_layers else ""

@@ -15,7 +15,7 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 """The linear layers of a decoder layer, of every architecture."""
 ATTENTION, MLP = LINEARS[:4], LINEARS[4:]
 PLACES = {name: f"{'self_attn' if name in ATTENTION else 'mlp'}.{name}" for name in LINEARS}
-"""Where each is in its decoder layer."""
+"""The path of each linear layer within its decoder layer."""
 
 _WINDOW = whole(1, 2**31)
 _LAYER_TYPES = Kind(
@@ -83,7 +83,7 @@ class Architecture:
 
 
 def _qwen_window(config: Mapping[str, Any]) -> int | None:
-    """As transformers has it: of the layers from max_window_layers on, or of those that layer_types names."""
+    """The sliding window by transformers' rule: of layers from max_window_layers on, or of those in layer_types."""
     types = config.get("layer_types")
     slides = "sliding_attention" in types if types else config["max_window_layers"] < config["num_hidden_layers"]
     return config["sliding_window"] if config.get("use_sliding_window") and slides else None
@@ -132,7 +132,7 @@ ARCHITECTURES = {
         ),
     )
 }
-"""Those that are accepted, by model_type."""
+"""The accepted architectures, by model_type."""
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture:

@@ -82,7 +82,7 @@ class LoraBuffers:
         adapted = [index for index, linear in enumerate(linears) if linear.has_lora]
         self.shapes = {index: (lora[2 * at].shape, lora[2 * at + 1].shape) for at, index in enumerate(adapted)}
         self.parts: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
-        """For each of `QKV`, `OUT`, `GATE_UP` and `DOWN` those with LoRA; together, where their A are one matrix."""
+        """Linear layers with LoRA in each of `QKV`, `OUT`, `GATE_UP` and `DOWN`, grouped if their A form one matrix."""
         for group in (QKV, OUT, GATE_UP, DOWN):
             alike: dict[Any, tuple[int, ...]] = {}
             for index in (index for index in group if index in self.shapes):

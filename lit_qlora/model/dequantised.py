@@ -13,9 +13,13 @@ from torch import Tensor
 
 
 class Quantised(NamedTuple):
-    """A weight in 4 bits: its packed values, bitsandbytes' state with the scales, and the offset of nested scales.
+    """A weight in 4 bits.
 
-    The offset is on the host, where it is a number: one on the card is broadcast, by a kernel for strided tensors.
+    Args:
+        values: ``[out · in / 2, 1]`` uint8, two values per byte.
+        state: bitsandbytes' QuantState, with the scales.
+        offset: of nested scales, a scalar on the host: one on the card would be broadcast by a kernel for strided
+            tensors. None if the scales are not nested.
     """
 
     values: Tensor

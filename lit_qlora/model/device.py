@@ -30,9 +30,13 @@ TRITON = (7, 0)
 
 
 class Device(NamedTuple):
-    """A device to compute on. ``capability`` is None on the CPU, ``memory_bytes`` what this process can use of a GPU.
+    """A device to compute on.
 
-    ``is_here`` is False for a GPU of another machine: what is installed beside it is not known.
+    Args:
+        name: of the card, as messages show it.
+        capability: compute capability, major and minor; None on the CPU.
+        memory_bytes: what this process can use of a GPU's memory.
+        is_here: False for a GPU of another machine: what is installed beside it is not known.
     """
 
     name: str

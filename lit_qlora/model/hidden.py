@@ -33,7 +33,12 @@ Sums = tuple[Tensor, Tensor, int]
 
 
 class Waiting(NamedTuple):
-    """A micro-batch that is to be learned, and what `ComputesSums.draw` gave for it."""
+    """A micro-batch that is to be learned.
+
+    Args:
+        batch: the micro-batch.
+        drawn: what `ComputesSums.draw` gave for it, a seed of dropout per layer; None if nothing was drawn.
+    """
 
     batch: Batch
     drawn: Any
@@ -80,13 +85,13 @@ class ComputesSums(LightningModule):
         self._layers: dict[bool, list[Layer]] = {}
         """The layers for train mode and for eval mode, which has no dropout."""
         self._weights: list[Weights] = []
-        """What gives the layers of both their weights."""
+        """Dequantised weights of each layer, shared by both modes."""
         self._graphs: Graphs | None = None
         self._host_store = HostStore()
 
     @property
     def device(self) -> torch.device:
-        """That of the loaded base. Lightning's is the CPU until it moves the module, once that is loaded."""
+        """The device of the loaded base. Lightning's is the CPU until it moves the module, once that is loaded."""
         return super().device if self.model is None else self._llama.model.embed_tokens.weight.device
 
     @property

@@ -38,15 +38,15 @@ class LearnsInParts(ComputesSums):
         self.parts = 1
         """Number of parts of a micro-batch; 2 after memory has run out."""
         self._waiting: list[Waiting] = []
-        """Those of the current step that will be learned with one to come."""
+        """Micro-batches of the current step that will be learned together with a later one."""
         self._learning: list[Waiting] = []
-        """Those that the current one is learned with, itself included."""
+        """Micro-batches that are learned together with the current one, itself included."""
         self._loss: tuple[list[Tensor], Tensor] | None = None
         """Their losses, and the detached stand-in for others, which holds no graph."""
         self._learned: tuple[list[tuple[torch.nn.Parameter, Tensor]], Tensor] | None = None
         """Their gradients, if made in `training_step`, and the gradient of the stand-in that they were made for."""
         self._chance: Callable[[], None] = lambda: None
-        """Has the current micro-batch draw again what it drew."""
+        """A function that makes the current micro-batch draw the same random numbers again."""
         self._num_answers: int | None = None
         """Answer tokens of the current step so far; None where its first micro-batch was not seen."""
         self._earlier: dict[int, Tensor] = {}
@@ -131,7 +131,7 @@ class LearnsInParts(ComputesSums):
         return self.together if self.parts == 1 and self.can_learn_together else 1
 
     def _sums_of(self, waiting: Sequence[Waiting], earlier: dict[int, Tensor]) -> list[Sums]:
-        """As `summed_losses`, of micro-batches that nothing was drawn for one by one."""
+        """The results of `summed_losses` for micro-batches whose seeds were not drawn one by one."""
         if not waiting or waiting[0].drawn is None:
             return [self.summed_loss(one.batch) for one in waiting]
         return self.summed_losses(waiting, earlier)
@@ -198,7 +198,7 @@ class LearnsInParts(ComputesSums):
             self._learn_in_parts(gradient)
 
     def _learn_ahead(self, is_first: bool) -> list[Sums]:
-        """As `_learn_in_parts`, for a `backward` to come: it adds the gradients, for it knows that of the loss."""
+        """Compute gradients as `_learn_in_parts`, for the coming `backward`, which knows the loss's and adds them."""
         self.uses_cuda_graphs = False  # asked for again by a second fit: recorded gradients can't be set aside
         earlier = self._set_aside()
         if is_first:  # of the last step: they are about to be zeroed, and until then take memory

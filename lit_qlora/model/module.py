@@ -156,7 +156,7 @@ class QLoRAModule(LearnsInParts):
         self.prompt_format = self._of_adapter or lora.DEFAULT_FORMAT
         """The prompt format it is trained with, as recorded in each saved adapter."""
         self._recorded: PromptFormat | None = None
-        """That of the checkpoint of Lightning's that it was loaded from."""
+        """The prompt format in the Lightning checkpoint that the module was loaded from."""
         self._reported = set[str]()
         """What has been reported about a script's data."""
         self._loaded_for: tuple[torch.dtype, str] | None = None
@@ -296,12 +296,12 @@ class QLoRAModule(LearnsInParts):
         self.model.train()
 
     def to(self, *args: Any, **kwargs: Any) -> "QLoRAModule":
-        """As torch's; a shared base's layers stay where they are."""
+        """Move the module as torch does; the layers of a shared base stay where they are."""
         with self.shards.aside() if self.shards else nullcontext():
             return super().to(*args, **kwargs)
 
     def cpu(self) -> "QLoRAModule":
-        """Likewise: a Trainer ends with it."""
+        """Move the module to the CPU, as a Trainer does at its end; the layers of a shared base stay."""
         with self.shards.aside() if self.shards else nullcontext():
             return super().cpu()
 
@@ -497,7 +497,7 @@ class QLoRAModule(LearnsInParts):
             self.shards.keep_pace(backward=True)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        """As `LearnsInParts.training_step`; its sums are kept for the log."""
+        """Run `LearnsInParts.training_step`, and keep its sums for the log."""
         outputs = super().training_step(batch, batch_idx)
         if self.standalone:
             self._sums.add(outputs)
@@ -607,7 +607,7 @@ class QLoRAModule(LearnsInParts):
     # Answers
 
     def by_first_alone(self) -> AbstractContextManager[bool]:
-        """Around what the first process alone computes with the model: True there; see `Shards.by_first_alone`."""
+        """A context for what the first process alone computes; yields True there; see `Shards.by_first_alone`."""
         if self.shards is None or not self.keeps_pace:
             return nullcontext(is_first())
         return self.shards.by_first_alone(self._llama.model)

@@ -28,12 +28,19 @@ _locked: set[int] = set()
 
 @dataclass(eq=False)
 class Parked:
-    """Tensors of one layer on the host: where they lie, one behind the other, and their shapes in order."""
+    """Tensors of one layer that wait on the host.
+
+    Args:
+        buffer: one-dimensional, holds them one behind the other.
+        shapes: of the tensors, in order.
+        below: the tensors of the layer whose backward is next, to be fetched ahead; None for the lowest layer.
+        copied: event behind the last copy, in either direction; None on a CPU.
+        on_card: the tensors on the card, while they leave it or come back.
+    """
 
     buffer: Tensor
     shapes: Sequence[torch.Size]
     below: "Parked | None"
-    """Those of the layer that goes backward next, to be fetched ahead; None for the lowest."""
     copied: torch.cuda.Event | None = None
     on_card: list[Tensor] = field(default_factory=list)
 

@@ -101,7 +101,8 @@ def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Pointwise(NamedTuple):
-    """The functions above, as they are or compiled."""
+    """The functions of this module, as they are or compiled: ``rms_norm``, ``rms_norm_backward``, ``swiglu``,
+    ``swiglu_backward`` and ``rotate``."""
 
     rms_norm: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
     rms_norm_backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]

@@ -291,14 +291,14 @@ class Files(TorchCheckpointIO):
     """Reads checkpoints as Lightning's, with errors in one line."""
 
     def load_checkpoint(self, path: Any, *args: Any, **options: Any) -> Any:
-        """As Lightning's. Raises UserError as `reading`."""
+        """Load a checkpoint as Lightning does. Raises UserError as `reading`."""
         with reading(path):
             return super().load_checkpoint(path, *args, **options)
 
 
 @contextmanager
 def reading(checkpoint_path: Any) -> Iterator[None]:
-    """Around the reading of ``checkpoint_path``: raises UserError for a folder, as a run has, and for what is none."""
+    """A context that reads ``checkpoint_path``. Raises UserError for a run's folder, and for what is no checkpoint."""
     if isinstance(checkpoint_path, str | Path) and Path(checkpoint_path).is_dir():
         raise UserError(
             f"{checkpoint_path} is a folder, and no checkpoint of Lightning's ModelCheckpoint",

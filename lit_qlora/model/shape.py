@@ -87,7 +87,7 @@ class Shape:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Shape":
-        """From the contents of a base's config.json.
+        """The shape of a base, from the contents of its config.json.
 
         Args:
             config: as `model.config.read_config` returns it.

@@ -44,7 +44,7 @@ def check_host(shape: Shape) -> None:
 def load_sharded(
     base: Base, dtype: torch.dtype, device: torch.device, attention: Attention, on_host: bool
 ) -> tuple["PreTrainedModel", Shards]:
-    """As `load.load_base`, without the decoder's linear layers, which come from the shares as they are used.
+    """Load a base as `load.load_base` does, but for the decoder's linear layers, whose shares come as they are used.
 
     Args:
         base: in 16 bits, or with all linear layers in 4.

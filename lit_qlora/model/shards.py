@@ -38,13 +38,16 @@ class TensorPart(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """Of the whole tensor."""
+        """Bytes of the whole tensor."""
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
 class Packed(NamedTuple):
-    """A 4-bit weight: bitsandbytes' state, in which its scales are to be put, and what its bytes are in their order:
-    values, scales and, with double quantisation, the scales of these.
+    """A 4-bit weight whose bytes are shared.
+
+    Args:
+        state: bitsandbytes' QuantState, in which `Shards` puts the scales.
+        parts: its bytes in order: values, scales and, with double quantisation, the scales of these.
     """
 
     state: Any
@@ -129,7 +132,7 @@ class Shards:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Around what moves the model to another device: its 4-bit weights stay where they are."""
+        """A context in which moving the model to another device leaves its 4-bit weights where they are."""
         self._view(is_empty=True)
         try:
             yield
@@ -221,7 +224,7 @@ class Shards:
 
     @contextmanager
     def by_first_alone(self, decoder: nn.Module) -> Iterator[bool]:
-        """Around what the first process alone computes with ``decoder``: True there.
+        """A context for what the first process alone computes with ``decoder``; yields True there.
 
         The others take part in fetching its layers until that is done.
         """

@@ -53,7 +53,7 @@ class Stored(NamedTuple):
 
     @property
     def num_values(self) -> int:
-        """Of all dimensions together."""
+        """Number of values in the tensor."""
         return math.prod(self.shape)
 
     def read(self, places: Iterable[tuple[int, int]]) -> Iterator[bytes]:

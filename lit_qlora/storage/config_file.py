@@ -34,7 +34,7 @@ class NoReferences(yaml.SafeLoader):
     """A loader without references, by which a few lines of a folder from elsewhere could stand for billions."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """As the base class's; raises ComposerError at a reference."""
+        """Compose a node as the base class does. Raises ComposerError at a reference."""
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark
             raise yaml.composer.ComposerError(None, None, "a value given by reference (& and *); write it out", mark)

@@ -109,7 +109,7 @@ class RunFolder:
         """Figures that a user's own callbacks log under their own step counts."""
         self.config = path / "config.yaml"
         self.rows = path / "rows.json"
-        """Which rows are learned and which are held out."""
+        """The record of which rows are learned and which are held out."""
         self.decisions = path / "decisions.json"
         """What the newest start decided, and by which versions."""
         self.report = path / "report.html"

@@ -88,7 +88,7 @@ def _remove_if(folder: Path, may_go: Callable[[Path], bool]) -> None:
 
 
 def _is_still(path: Path, state: os.stat_result) -> bool:
-    """Whether a path names what had that state; False if it was removed since, made anew or not."""
+    """True if ``path`` is still the file that had ``state``; False if it was removed since, even if made anew."""
     with suppress(OSError):
         return os.path.samestat(state, path.stat())
     return False

@@ -63,7 +63,7 @@ _COLON = r"(?::(?=[\s\w]|\Z))?"
 ZERO_WIDTH = "\u200b\u2060\ufeff"
 """Characters that take no room, and say nothing at an edge: what copying from a page or a file leaves there."""
 DIRECTIONS = "\u00ad\u061c\u200c\u200d\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
-"""Others that are not seen either, but may say how a text is written: they go with a mark only."""
+"""Invisible characters that may set a text's direction: they are removed together with a mark only."""
 _BLANK = "".join(filter(str.isspace, map(chr, range(0x3001)))) + ZERO_WIDTH + DIRECTIONS
 
 
@@ -193,6 +193,6 @@ def _any_of(marks: Sequence[str]) -> str:
 
 
 def _pattern(mark: str, bracket: str) -> str:
-    """That of one mark or role behind its ``bracket``: in any case, unless it is words without, such as ``### End``."""
+    """The pattern of a mark or role after its ``bracket``; case counts for words without one, such as ``### End``."""
     rest = re.escape(mark.removeprefix(bracket))
     return f"(?i:{rest})" if mark in _ROLES or (bracket and mark[-1] in ">]") else rest

@@ -17,7 +17,7 @@ from lit_qlora.text.conversation import HALF, Conversation, TextError, Turn, is_
 
 TEMPLATES = Path(__file__).parent / "templates"
 LLAMA_2, OF_BASE = "llama2", "base"
-"""As ``data.template``: the Llama 2 format, as without it, and the base's own chat template."""
+"""Values of ``data.template``: the Llama 2 format, which is the default, and the base's own chat template."""
 
 
 class Piece(NamedTuple):
@@ -139,7 +139,7 @@ class PromptFormat(ABC):
         """The texts that it writes around turns: in an outside text, they could forge a turn."""
 
     def tags_in(self, text: str) -> list[str]:
-        """Those of `tags` that stand in ``text``."""
+        """The `tags` that ``text`` contains."""
         return [tag for tag in self.tags if tag in text]
 
     @property
@@ -207,7 +207,7 @@ class PromptFormat(ABC):
     @property
     @abstractmethod
     def title(self) -> str:
-        """Its name in messages."""
+        """The format's name in messages."""
 
     @property
     @abstractmethod
@@ -217,7 +217,7 @@ class PromptFormat(ABC):
     @property
     @abstractmethod
     def identity(self) -> str:
-        """Its name and a sha256 that identifies it, for a checkpoint's record of its run."""
+        """The format's name and a sha256 that identifies it, for a checkpoint's record of its run."""
 
     @property
     @abstractmethod
@@ -226,7 +226,7 @@ class PromptFormat(ABC):
 
     @abstractmethod
     def described(self, file: str) -> str:
-        """Its description for a model card; ``file`` holds its template if it has one."""
+        """The format's description for a model card; ``file`` holds its template, if it has one."""
 
     @property
     def end_of_turn(self) -> str:

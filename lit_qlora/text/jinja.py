@@ -23,7 +23,7 @@ MAX_SIZE = 10**6
 """Characters and items that a template makes, all that is within them counted, beyond four times what it is given."""
 MAX_INDENT = 64
 MAX_BITS = 20_000
-"""Of a number: some 6,000 digits, more than Python reads or writes."""
+"""Most bits of a number: some 6,000 digits, more than Python reads or writes."""
 
 FILTERS = frozenset((
     "abs", "capitalize", "center", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "format",
@@ -47,7 +47,7 @@ cuts."""
 _CHARS = "lit_qlora_chars"
 """A template's own length, among its globals."""
 _WIDE = re.compile(r"\d{5}|[*{]")
-"""In a format's field, a width of five digits, or one that an argument gives."""
+"""A width of five digits in a format's field, or one given by an argument."""
 
 
 class RefusalError(ValueError):
@@ -132,7 +132,7 @@ _room: ContextVar[_Room | None] = ContextVar("_room", default=None)
 
 
 def _left() -> _Room:
-    """Of the rendering under way; a template that is compiled, some of which Jinja computes there, has its own."""
+    """The bounds of the current rendering; new ones while a template is compiled, when Jinja computes constants."""
     return _room.get() or _Room(0, 0)
 
 

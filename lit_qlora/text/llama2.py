@@ -80,25 +80,25 @@ class Llama2(PromptFormat):
 
     @property
     def identity(self) -> str:
-        """Its name, and a sha256 of what it makes of a sample."""
+        """The format's name, and a sha256 of the text that it makes of a sample."""
         return f"{self.name} {hashlib.sha256(repr(segments(_SAMPLE)).encode()).hexdigest()}"
 
     @property
     def cache_key(self) -> tuple[Any, ...]:
-        """Empty, as before there were other formats: rows cached then are found again."""
+        """The empty key, as before there were other formats: rows cached then are found again."""
         return ()
 
     def described(self, file: str) -> str:
-        """It needs no file."""
+        """The description, without the file, which this format does not need."""
         return "the Llama 2 chat format"
 
     def left_out(self, where: str, why: Exception) -> str:
-        """There is one reason only, so the place is omitted."""
+        """The message without the place, since there is only one reason."""
         return "rows left out: a Llama 2 tag inside a turn"
 
     @property
     def assumption(self) -> str:
-        """Another takes a file of its own."""
+        """The words for an adapter without a chat template, with how to give another format."""
         return f"{self.title} is used; for another, put its chat_template.jinja there"
 
     def notes(self, of_base: str | None = None) -> list[str]:
@@ -116,7 +116,7 @@ class Llama2(PromptFormat):
         return [f"prompts in {self.title}; the base has a chat template of its own, which data.template base takes"]
 
     def chat_template(self) -> str:
-        """BOS and EOS are written out, for a template is encoded as a whole."""
+        """The chat template, with BOS and EOS written out: a template's text is encoded as a whole."""
         default = json.dumps(self.system, ensure_ascii=False) if self.system else "none"
         # Of a tokenizer without BOS, a template sees no bos_token.
         jinja = _JINJA if self.spelled.bos else _JINJA.replace("bos_token, ", "").replace("bos_token ~ ", "")
@@ -124,7 +124,7 @@ class Llama2(PromptFormat):
 
     @property
     def tokenizer_remedy(self) -> str:
-        """For another tokenizer, there are formats that it can write."""
+        """The remedy of every format, and one for tokenizers other than Llama 2's."""
         return f"{super().tokenizer_remedy}, or train with a data.template such as chatml"
 
     def go_template(self) -> str:

@@ -26,7 +26,7 @@ ROLES = {
 }  # fmt: skip
 """Who speaks, by the name of the role: a tool's call is the assistant's, its result is read by the assistant."""
 SHOWN_ROLES = ("system", "user", "human", "assistant", "gpt", "tool")
-"""Those that are named where a role is unknown."""
+"""The roles that an error about an unknown role names."""
 
 ROLE, CONTENT = ("role", "from"), ("content", "value")
 PAIRS = (
@@ -109,18 +109,18 @@ def _is_nan(value: object) -> bool:
 
 
 def holds_messages(value: object) -> bool:
-    """Whether ``value`` is a list that begins with a message, or with a pair of `PAIRS`."""
+    """True if ``value`` is a list that begins with a message, or with a pair of `PAIRS`."""
     return holds_turns(value) or (isinstance(value, list) and bool(value) and _pair_in(value[0]) is not None)
 
 
 def holds_turns(value: object) -> bool:
-    """Whether ``value`` is a list that begins with a message of somebody, and not with a pair, which may be a row."""
+    """True if ``value`` is a list that begins with a message with a role, and not with a pair, which may be a row."""
     first = value[0] if isinstance(value, list) and value else None
     return isinstance(first, dict) and bool({*ROLE} & {*first} and {*CONTENT} & {*first})
 
 
 def is_answer(value: object) -> bool:
-    """Whether ``value`` is a list of messages that nobody but the assistant says."""
+    """True if ``value`` is a list of messages of the assistant only."""
     return (
         isinstance(value, list)
         and holds_turns(value)

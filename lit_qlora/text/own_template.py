@@ -35,7 +35,7 @@ _MARK = re.compile("\ue000(\\d+)\ue001")
 """A mark for a turn's text, as `_mark` makes it."""
 
 _EDGE = "\ue002"
-"""Stands between a prompt and an answer."""
+"""The mark between a prompt and an answer."""
 
 _CLOSING = re.compile(rf"{_MARK.pattern}(?P<closing><[^<>\s]+>|\[[^\[\]\s]+\]|\S+)")
 """A turn's text, and what closes the turn right after it."""
@@ -128,7 +128,7 @@ class Template(PromptFormat):
 
     @cached_property
     def _built_in_as(self) -> str:
-        """Its name, where it comes along; else nothing."""
+        """The template's name if it is built in; else empty."""
         return next((name for name, source in built_in().items() if source == self.source), "")
 
     @cached_property
@@ -142,11 +142,11 @@ class Template(PromptFormat):
 
     @cached_property
     def _known(self) -> dict[tuple[int, bool], list[Piece] | ValueError]:
-        """By rounds, and whether there is a system text: what was cut so far, or why it can't be."""
+        """Results of `_cut`, or its error, by number of rounds and whether there is a system text."""
         return {}
 
     def _written(self, conversation: Conversation) -> list[Piece]:
-        """As the template has it, without white space around turns and the system text.
+        """The pieces as the template writes them, without white space around turns and the system text.
 
         An answer runs from the end of its prompt to `end_of_turn`.
 
@@ -234,12 +234,12 @@ class Template(PromptFormat):
 
     @property
     def version(self) -> str:
-        """The beginning of its sha256."""
+        """The beginning of the template's sha256."""
         return f"sha256 {_sha256(self.source)[:12]}"
 
     @property
     def identity(self) -> str:
-        """Its name, and the sha256 of the template."""
+        """The format's name, and the sha256 of the template."""
         return f"{self.name} {_sha256(self.source)}"
 
     @property
@@ -248,16 +248,16 @@ class Template(PromptFormat):
         return (RULES, self.source)
 
     def described(self, file: str) -> str:
-        """With the file that holds the template."""
+        """The description, with the file that holds the template."""
         return f"a format of its own: the Jinja template in `{file}`"
 
     @property
     def assumption(self) -> str:
-        """The template came with the adapter's tokenizer."""
+        """The words for a template that came with the adapter's tokenizer."""
         return "its tokenizer's chat template is used"
 
     def notes(self, of_base: str | None = None) -> list[str]:
-        """Which template it is, and what it does without."""
+        """Lines on which template it is, and what it does without."""
         lines = [f"prompts by {' '.join(filter(None, (self.title, self._built_in_as)))} ({self.version})"]
         if self.spelled.bos and self._structure(1, False)[0].text != self.spelled.bos:
             lines.append(f"{self.title} writes no BOS, with which this base's texts begin; {{{{ bos_token }}}} would")
@@ -285,7 +285,7 @@ class Template(PromptFormat):
 
     @cached_property
     def _last_only(self) -> tuple[bool, bool]:
-        """Whether of two rounds the second prompt alone begins what is written, without and with a system text."""
+        """True if, of two rounds, only the second prompt begins the whole text; without and with a system text."""
         found = []
         for system in ("", _mark(0)):
             marks = [system, *map(_mark, range(1, 5))]
@@ -298,7 +298,7 @@ class Template(PromptFormat):
         return found[0], found[1]
 
     def left_out(self, where: str, why: Exception) -> str:
-        """With the first such row, for there are many reasons."""
+        """The message with the first such row, since there are many reasons."""
         return f"rows left out: {self.title} can't hold them, such as {where}: {why}"
 
     def record(self) -> dict[str, str]:
@@ -337,11 +337,11 @@ class Template(PromptFormat):
 
     @property
     def tokenizer_remedy(self) -> str:
-        """For a template, there is another."""
+        """The remedy of every format, and one for templates."""
         return f"{super().tokenizer_remedy}, or end the prompts of {self.title} in a line's end"
 
     def go_template(self) -> str:
-        """What it writes around each text said, if that is the same from turn to turn."""
+        """The Go template. Raises ValueError unless the text around what is said is the same from turn to turn."""
         head, *turns = self._around(False)
         prompts, ends = turns[0::2], turns[1:-1:2]
         try:

@@ -34,15 +34,26 @@ if TYPE_CHECKING:
 
 
 class Answer(NamedTuple):
-    """An answer's text, and whether the model ended it by itself."""
+    """An answer.
+
+    Args:
+        text: without the token or text that ended it.
+        stopped: True if the model ended it by itself; False if it was cut.
+    """
 
     text: str
     stopped: bool
 
 
 class ResolvedAdapter(NamedTuple):
-    """An adapter and its base, the run that it is of, and the options that it was trained with: without a run, fit's
-    defaults."""
+    """An adapter, with what it takes to use it.
+
+    Args:
+        base: its base.
+        adapter: its folder.
+        run: the run that trained it; None for an adapter folder of its own.
+        options: those that it was trained with, by section; fit's defaults without a run.
+    """
 
     base: Base
     adapter: Path

@@ -25,7 +25,13 @@ Messages = list[dict[str, Any]]
 
 
 class WebQuestion(NamedTuple):
-    """A question, its conversation, and how its answer is sampled."""
+    """A question, asked on the page.
+
+    Args:
+        question: what was typed.
+        conversation: the open prompt that ends on it.
+        sampling: how its answer is drawn.
+    """
 
     question: str
     conversation: Conversation
@@ -41,12 +47,12 @@ class Tab(Dialog):
         self.of_base: Messages = []
         self.for_adapter: WebQuestion | None = None
         self.for_base: WebQuestion | None = None
-        """What was asked last, until it was answered."""
+        """The last question to the base, until it is answered; ``for_adapter`` likewise."""
         self.answering = self.stopped = False
 
     @property
     def shown(self) -> tuple[Messages, Messages]:
-        """Both columns."""
+        """Both columns: the adapter's, the base's."""
         return self.of_adapter, self.of_base
 
     @contextmanager

@@ -35,7 +35,13 @@ LARGEST = 32_000 * 4096
 
 
 class Finding(NamedTuple):
-    """A finding. A problem stops a fit; a note does not."""
+    """A finding about this machine.
+
+    Args:
+        kind: a problem stops a fit, a note does not.
+        text: what was found, in one line.
+        remedy: what to do about it; empty for nothing.
+    """
 
     kind: Literal["ok", "note", "problem"]
     text: str
@@ -265,7 +271,7 @@ def _nvidia_smi(*args: str) -> str:
 
 
 def compiler(capability: tuple[int, int]) -> Iterator[Finding]:
-    """Whether triton, a C compiler and Python's headers are there, for a GPU of compute ``capability``."""
+    """Check for triton, a C compiler and Python's headers, for a GPU of compute ``capability``."""
     from lit_qlora.model.device import compiler_lacks
 
     if missing := compiler_lacks(capability):

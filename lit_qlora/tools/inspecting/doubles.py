@@ -15,7 +15,8 @@ from typing import Literal, NamedTuple
 from lit_qlora.text.conversation import Conversation
 
 WORDS, ALIKE = 3, 0.7
-"""With these, one word that differs among some twenty is seen; the demo's sentences, made from patterns, are not."""
+"""Words in a run, and the least share of them, from 0 to 1. One word changed among some twenty counts as nearly the
+same; the demo's sentences, which are made from patterns, don't."""
 
 _WORD = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_]+")
 
@@ -23,7 +24,13 @@ DoubleKind = Literal["same", "near", "question"]
 
 
 class Double(NamedTuple):
-    """A held-out conversation and the training conversation that it is like, by their numbers."""
+    """A held-out conversation that is like one in training.
+
+    Args:
+        held_out: its number among the held-out conversations, from 0.
+        train: number of the training conversation that it is like.
+        kind: same, word for word; near, nearly so; question, the same with another answer.
+    """
 
     held_out: int
     train: int

@@ -28,7 +28,12 @@ PARTS = {"train": "training", "validation": "held out"}
 
 
 class Found(NamedTuple):
-    """A fault, and where the row stands that has it."""
+    """A fault of a row.
+
+    Args:
+        where: the row's place, such as ``rows.jsonl:17``.
+        fault: what is wrong with it.
+    """
 
     where: str
     fault: Fault
@@ -36,7 +41,7 @@ class Found(NamedTuple):
 
 @dataclass
 class Part:
-    """What is learned, or what is held out.
+    """The rows that are learned, or those that are held out.
 
     Args:
         name: of the part, as it is printed.
@@ -54,7 +59,7 @@ class Part:
     """Number of rows, and what was dropped of them or not used; of several sources, with the name of each."""
     left_out: list[LeftOut]
     sources: list[tuple[str, int, int]]
-    """Of several sources, the name of each, its conversations, and its rows that are left out."""
+    """Name, number of conversations and number of rows left out of each source, if there are several."""
     notes: list[str]
     """Remarks on the rows beside their counts, such as splits that were not read."""
     lengths: list[int] = field(default_factory=list)
@@ -108,7 +113,13 @@ class Batching(NamedTuple):
 
 
 class Shown(NamedTuple):
-    """A row to be shown: where it stands, the name of its part, and its tokens as they are in a batch."""
+    """A row to be shown.
+
+    Args:
+        where: the row's place, such as ``rows.jsonl:17``.
+        part: name of its `Part`.
+        tokens: as they stand in a batch.
+    """
 
     where: str
     part: str

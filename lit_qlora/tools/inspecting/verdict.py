@@ -36,14 +36,24 @@ AROUND = 10
 
 
 class Fault(NamedTuple):
-    """A fault of a row: one of `KINDS`, and its place in the row or its reason."""
+    """A fault of a row.
+
+    Args:
+        kind: one of `KINDS`.
+        words: its place in the row, or its reason.
+    """
 
     kind: str
     words: str
 
 
 class Batched(NamedTuple):
-    """A row as it stands in a batch: its ids, and which of them are learned."""
+    """A row as it stands in a batch.
+
+    Args:
+        ids: of its T tokens, without padding.
+        learned: True for each of the T that the loss counts.
+    """
 
     ids: list[int]
     learned: list[bool]
@@ -51,7 +61,7 @@ class Batched(NamedTuple):
 
 @dataclass(frozen=True)
 class Judge:
-    """Finds the faults of rows of one encoder."""
+    """Finds the faults of rows that ``encoder`` made."""
 
     encoder: Encoder
 

@@ -41,7 +41,14 @@ GREEN, MAGENTA, DIM, BOLD, RED = "32", "35", "2", "1", "31"
 
 
 class Bin(NamedTuple):
-    """Conversations of ``first`` to ``last`` tokens, and whether that is above the cap."""
+    """A bar of the histogram of lengths.
+
+    Args:
+        first: fewest tokens of a conversation in it.
+        last: most tokens of a conversation in it.
+        size: number of conversations.
+        is_cut: True if they are longer than the cap.
+    """
 
     first: int
     last: int

@@ -35,7 +35,13 @@ MAX_TOKENS = 256
 
 
 class Reference(NamedTuple):
-    """Ids ``[B, T]``, padded on the right where causal attention never looks, and their logits ``[tokens, V]``."""
+    """The logits that a merged model is to have.
+
+    Args:
+        input_ids: ``[B, T]`` int64, padded on the right, where causal attention never looks.
+        is_token: ``[B, T]`` bool, False for padding.
+        logits: ``[tokens, V]`` fp32, without padding.
+    """
 
     input_ids: Tensor
     is_token: Tensor

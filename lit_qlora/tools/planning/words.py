@@ -19,22 +19,29 @@ TIGHT = f"may fit, within {memory.RESERVE:.0%} of the card"
 
 
 class Plan(NamedTuple):
-    """The contents of a report on a fit."""
+    """The contents of a report on a fit.
+
+    Args:
+        base: to be trained.
+        forecast: of its memory and time.
+        precision_reason: why the forecast's precision was chosen.
+        download: bytes of the base still to download.
+        max_epochs: epochs after which the run ends; -1 for no limit.
+        max_steps: optimizer steps after which it ends; -1 for no limit.
+        is_assumed: True if nothing says which card is meant, and there is none here.
+    """
 
     base: Base
     forecast: Forecast
     precision_reason: str
-    """Why the forecast's precision was chosen."""
     download: int
-    """Bytes of the base still to download."""
     max_epochs: int
     max_steps: int
     is_assumed: bool
-    """True if nothing says which card is meant, and there is none here."""
 
 
 class Verdict(NamedTuple):
-    """True if the settings fit or may fit; and the same in words."""
+    """The verdict on a fit: ``fits`` is True if the settings fit or may fit, ``words`` say it in a line."""
 
     fits: bool
     words: str

@@ -19,7 +19,7 @@ Array = NDArray[np.float64]
 
 
 class Figure(NamedTuple):
-    """A value and the ends of its 95 % interval; None for fewer than `FEWEST` rows."""
+    """A ``value`` with the ends of its 95 % interval, ``low`` and ``high``; these are None below `FEWEST` rows."""
 
     value: float
     low: float | None
@@ -27,7 +27,7 @@ class Figure(NamedTuple):
 
 
 class Compared(NamedTuple):
-    """A figure of the base, of the adapter, and of the second minus the first."""
+    """A figure of the ``base``, of the ``adapter``, and its ``difference``, the adapter's minus the base's."""
 
     base: Figure
     adapter: Figure

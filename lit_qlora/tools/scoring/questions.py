@@ -48,12 +48,17 @@ class Question:
 
 @dataclass(frozen=True)
 class Subject:
-    """The questions of one file."""
+    """The questions of one file.
+
+    Args:
+        name: from the file's name, without MMLU's suffix.
+        questions: in the order of the file.
+        is_named: True if the file is named as MMLU's are, by the subject of its questions.
+    """
 
     name: str
     questions: tuple[Question, ...]
     is_named: bool
-    """True if the file is named as MMLU's are, by the subject of its questions."""
 
 
 def read_subjects(option: str, place: str) -> list[Subject]:

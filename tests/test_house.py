@@ -98,7 +98,7 @@ def test_nothing_that_runs_what_it_reads(path: Path) -> None:
 
 PROMPT_FORMATS = {"llama2", "own_template", "jinja"}
 """The modules of text/ that are prompt formats, or parts of one."""
-MAKERS = "chosen|from_record|read_format|recorded_format|format_for"
+MAKERS = "make_format|from_record|read_format|recorded_format|format_for"
 """The functions that give a prompt format."""
 PARTS = "name|source|title|version|identity|tokens|cache_key"
 """What tells formats apart."""
@@ -163,7 +163,7 @@ def _check_format_is_not_asked(tree: ast.Module, reads_option: bool = False) -> 
             which = rf"\bprompt_format(\.({PARTS}))?(?![\w.('])|(?<![\w.])({named})\.({PARTS})(?![\w.('])"
             which += rf"|\b(isinstance|type)\(({named})\b|(prompt_format|{named})\.(record\(\)|__class__)"
             known = r"'(jinja|llama2-chat)'|\b(Llama2|Template)\b"
-            assert not re.search(f"{which}|{known}", question.replace("prompt_format or chosen()", "")), (
+            assert not re.search(f"{which}|{known}", question.replace("prompt_format or make_format()", "")), (
                 f"line {getattr(node, 'lineno', '?')}: {question}"
             )
 

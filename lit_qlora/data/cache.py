@@ -20,7 +20,7 @@ from lit_qlora.errors import UserError
 from lit_qlora.storage.files import SaveError
 from lit_qlora.storage.folders import DamagedFolderError, clear_leftovers, verify_folder, write_folder
 from lit_qlora.storage.foreign import object_in, shown
-from lit_qlora.storage.shared import Held, prune
+from lit_qlora.storage.in_use import Held, prune
 from lit_qlora.text.conversation import Conversation, Turn
 
 ROWS_PER_WRITE = 512
@@ -86,7 +86,7 @@ def encode_records(conversations: Sequence[Conversation], encoder: Encoder) -> E
             while held is None:  # again if another process made room for its own meanwhile
                 _write_entry(folder, conversations, encoder)
                 held = _hold(folder)
-            clear_leftovers(folder.parent, shared=True)
+            clear_leftovers(folder.parent, several_write=True)
             entries = (entry for entry in folder.parent.iterdir() if not entry.name.startswith("."))
             prune(entries, most_bytes=KEPT_BYTES, unused_s=RECENT_S)
     except OSError as error:

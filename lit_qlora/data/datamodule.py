@@ -40,7 +40,7 @@ from lit_qlora.devices.dealing import EVALUATED_AT_ONCE
 from lit_qlora.devices.world import local_first
 from lit_qlora.errors import UserError, excerpt, require
 from lit_qlora.text.conversation import Conversation
-from lit_qlora.text.formats import PromptFormat, chosen
+from lit_qlora.text.formats import PromptFormat, make_format
 from lit_qlora.wording import number_of
 
 if TYPE_CHECKING:
@@ -517,7 +517,7 @@ def _counted(records: Records, known: Collection[str] = ()) -> list[str]:
 
 
 def _prompt_format(template: str | None, system: str | None) -> PromptFormat:
-    prompt_format = chosen(template, system)
+    prompt_format = make_format(template, system)
     prompt_format.check_system()  # by a template's own texts, the encoder does
     return prompt_format
 

@@ -15,7 +15,7 @@ from lit_qlora.batch import IGNORE_INDEX
 from lit_qlora.data.tokenizer import special_tokens, stop_ids
 from lit_qlora.errors import UserError, excerpt
 from lit_qlora.text.conversation import Conversation
-from lit_qlora.text.formats import Piece, PromptFormat, SpecialTokens, chosen
+from lit_qlora.text.formats import Piece, PromptFormat, SpecialTokens, make_format
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -101,7 +101,7 @@ class Encoder:
         self.train_on = train_on
         special = special_tokens(tokenizer).values()
         tokens = SpecialTokens(tokenizer.bos_token or "", str(tokenizer.eos_token), tuple(special))
-        self.prompt_format = (prompt_format or chosen()).of(tokens)
+        self.prompt_format = (prompt_format or make_format()).of(tokens)
         self.prompt_format.check()
 
     @cached_property

@@ -19,7 +19,7 @@ from lit_qlora.data.row_files import Row, SourceError, split_place
 from lit_qlora.data.sources import Source, local_bytes, read_source, sources_of
 from lit_qlora.errors import UserError, excerpt, suggestion
 from lit_qlora.text.conversation import Conversation
-from lit_qlora.text.formats import PromptFormat, chosen
+from lit_qlora.text.formats import PromptFormat, make_format
 from lit_qlora.text.messages import Read
 
 UNANSWERED = "unanswered last turns dropped"
@@ -60,7 +60,7 @@ class Reading(NamedTuple):
 
     form: Form = "auto"
     strict: bool = False
-    prompt_format: PromptFormat = chosen()
+    prompt_format: PromptFormat = make_format()
     columns: Mapping[str, str] | None = None
     opening: str | None = None
     is_whole: bool = False

@@ -12,7 +12,7 @@ from lit_qlora.errors import UserError, excerpt, meant
 from lit_qlora.storage.files import names_around
 from lit_qlora.storage.foreign import chat_template_in
 from lit_qlora.text import edges
-from lit_qlora.text.formats import LLAMA_2, OF_BASE, built_in, chosen, names
+from lit_qlora.text.formats import LLAMA_2, OF_BASE, built_in, make_format, names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,7 +50,7 @@ def read_template(value: str | None, base: str | None = None) -> str | None:
     else:
         text = value if is_template(value) else built_in().get(value) or _read_template_file(value)
     try:
-        chosen(text)
+        make_format(text)
     except UserError as error:
         raise error.replace(problem=f"{'' if text == value else f'{value}: '}{error.problem}") from error
     return text
@@ -89,7 +89,7 @@ def _no_template(base: str) -> UserError:
 
 def instead_of(template: str) -> str:
     """The remedy for a base's own ``template`` that can't be learned, as where it thinks and has no switch for that."""
-    known = {LLAMA_2: chosen().chat_template()} | built_in()
+    known = {LLAMA_2: make_format().chat_template()} | built_in()
     openers = [mark for mark in (*edges.OPENERS, *edges.TURN_OPENERS) if mark in template]
     alike = [name for name, source in known.items() if any(mark in source for mark in openers)]
     if not alike:

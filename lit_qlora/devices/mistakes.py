@@ -27,10 +27,10 @@ def report_once(problem: str | UserError) -> None:
     Args:
         problem: in one line; a `LostError` is about another process.
     """
-    is_shared = {*OF_TORCHRUN} <= {*os.environ} and not was_started()
-    if is_shared and is_first():
+    is_of_several = {*OF_TORCHRUN} <= {*os.environ} and not was_started()
+    if is_of_several and is_first():
         _print_for_all(problem)
-    elif not (is_shared and _is_said(problem)):
+    elif not (is_of_several and _is_said(problem)):
         complain(problem, "error: " if is_first() else of_process())
 
 

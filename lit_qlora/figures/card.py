@@ -22,7 +22,7 @@ from lit_qlora.storage.config_file import as_yaml
 from lit_qlora.storage.folders import ADAPTER_CONFIG, CARD
 from lit_qlora.storage.foreign import read_object
 from lit_qlora.storage.run import RECORD, RunFolder
-from lit_qlora.text.formats import chosen
+from lit_qlora.text.formats import make_format
 from lit_qlora.wording import duration
 
 PACKAGES = ("torch", "lightning", "transformers", "peft", "bitsandbytes")
@@ -87,7 +87,7 @@ def card(
     sources = published(paths_of(config["data"]["source"]))
     config = published(config)
     text = as_yaml(config)
-    prompt_format = chosen(config["data"].get("template"), config["data"].get("system"))
+    prompt_format = make_format(config["data"].get("template"), config["data"].get("system"))
     before, after = figures.get(0, {}), figures.get(step, {})
     return _render(
         "adapter",

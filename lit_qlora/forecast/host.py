@@ -20,7 +20,7 @@ def run_folder_bytes(num_trained: int, keep_checkpoints: int) -> int:
 
     Args:
         num_trained: weights of the adapter, which are kept in fp32.
-        keep_checkpoints: checkpoints that stay; each has the adapter and two moments of each weight.
+        keep_checkpoints: checkpoints that stay; each has the adapter, and two values of state per weight.
 
     Returns:
         Bytes of the best adapter, its copy, one being written, and the checkpoints with one more.

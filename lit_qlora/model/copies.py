@@ -26,7 +26,7 @@ from lit_qlora.model.load import nf4, quantise, read_tensor
 from lit_qlora.model.weights import BUFFER, LM_HEAD, check_weights, fetch, is_linear, stored_tensors
 from lit_qlora.storage.files import free_bytes, parse_json, size
 from lit_qlora.storage.folders import MANIFEST, DamagedFolderError, clear_leftovers, verify_folder, write_folder
-from lit_qlora.storage.shared import Held, prune, remove_unused
+from lit_qlora.storage.in_use import Held, prune, remove_unused
 from lit_qlora.storage.weight_files import write_shards
 
 KEPT_FROM = 500_000_000
@@ -130,7 +130,7 @@ class Copies:
     def _prune(self, new: Path) -> str:
         """Make room for a ``new`` copy: at most `KEPT` stay, besides those in use. Return the removed, in words."""
         assert self.root is not None
-        clear_leftovers(self.root, shared=True)
+        clear_leftovers(self.root, several_write=True)
         copies = [path for path in self.root.iterdir() if _COPY.fullmatch(path.name) and (path / ORIGINAL).is_file()]
         removed = prune((path for path in copies if path != new), most=KEPT - 1)
         gone = [f"{path.name} ({size(taken)})" for path, taken in removed.items()]

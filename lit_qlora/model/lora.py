@@ -25,13 +25,13 @@ from lit_qlora.storage.files import disk_error
 from lit_qlora.storage.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, MANIFEST, DamagedFolderError, verify_folder
 from lit_qlora.storage.foreign import chat_template_in, read_object
 from lit_qlora.storage.run import RECORD
-from lit_qlora.text.formats import PromptFormat, chosen, from_record
+from lit_qlora.text.formats import PromptFormat, from_record, make_format
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-DEFAULT_FORMAT = chosen()
+DEFAULT_FORMAT = make_format()
 PICKLE = "adapter_model.bin"
 PLACE = re.compile(
     rf"base_model\.model\.model\.layers\.(?P<layer>\d+)\.(?:self_attn|mlp)\.(?P<linear>{'|'.join(LINEARS)})\.lora_.*"
@@ -325,7 +325,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     else:
         of = config.get("base_model_name_or_path")
         record["base"] = of if isinstance(of, str) and of.strip() else None
-        record |= chosen(chat_template_in(folder)).record()
+        record |= make_format(chat_template_in(folder)).record()
     lora_config.check_config(folder, config)
     stored = stored_shapes(folder)
     lora_config.check_ranks(folder, config, stored)

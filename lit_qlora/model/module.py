@@ -48,7 +48,7 @@ from lit_qlora.model.sharded_base import check_host, load_sharded
 from lit_qlora.model.shards import Shards
 from lit_qlora.model.sums import AnswerSums
 from lit_qlora.place import COMMAND
-from lit_qlora.text.formats import PromptFormat, chosen
+from lit_qlora.text.formats import PromptFormat, make_format
 
 
 class QLoRAModule(LearnsInParts):
@@ -319,9 +319,9 @@ class QLoRAModule(LearnsInParts):
         """
         was, name = self._recorded or self._of_adapter, "the checkpoint" if self._recorded else str(self.adapter)
         if was is None:
-            return chosen(template, system)
+            return make_format(template, system)
         is_another_fit = self._recorded is None and self.trainer.state.fn == "fit"
-        return chosen(was.kept(template, name), was.system if system is None and not is_another_fit else system)
+        return make_format(was.kept(template, name), was.system if system is None and not is_another_fit else system)
 
     def save_adapter(self, folder: str | Path) -> None:
         """Write the adapter to ``folder`` as PEFT does, made if missing, with the tokenizer of its Trainer's

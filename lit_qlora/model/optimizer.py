@@ -17,7 +17,7 @@ OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"
 Schedule = Literal["constant", "linear", "cosine"]
 
 
-class Optimizer(NamedTuple):
+class OptimizerKind(NamedTuple):
     """How an optimizer is made, and what its state takes.
 
     Args:
@@ -51,11 +51,13 @@ def _of_bitsandbytes(kind: str, *given: Any, **options: Any) -> torch.optim.Opti
 OPTIMIZERS = {
     # Not fused: it unscales gradients itself, which Lightning refuses with clipping in fp16.
     # It holds the roots of all second moments at once, where bitsandbytes works in place.
-    "adamw": Optimizer(partial(torch.optim.AdamW, foreach=True), smaller=("adamw_8bit", "paged_adamw_8bit"), scratch=1),
-    "adamw_8bit": Optimizer(partial(_of_bitsandbytes, "AdamW8bit"), ("paged_adamw_8bit",), in_8_bits=True),
+    "adamw": OptimizerKind(
+        partial(torch.optim.AdamW, foreach=True), smaller=("adamw_8bit", "paged_adamw_8bit"), scratch=1
+    ),
+    "adamw_8bit": OptimizerKind(partial(_of_bitsandbytes, "AdamW8bit"), ("paged_adamw_8bit",), in_8_bits=True),
     # The 8-bit one that stays on the card takes more there.
-    "paged_adamw": Optimizer(partial(_of_bitsandbytes, "PagedAdamW"), ("paged_adamw_8bit",), is_paged=True),
-    "paged_adamw_8bit": Optimizer(partial(_of_bitsandbytes, "PagedAdamW8bit"), in_8_bits=True, is_paged=True),
+    "paged_adamw": OptimizerKind(partial(_of_bitsandbytes, "PagedAdamW"), ("paged_adamw_8bit",), is_paged=True),
+    "paged_adamw_8bit": OptimizerKind(partial(_of_bitsandbytes, "PagedAdamW8bit"), in_8_bits=True, is_paged=True),
 }
 """The optimizers by the names of `OptimizerName`: AdamW (Loshchilov and Hutter, 2019)."""
 

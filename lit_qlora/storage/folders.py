@@ -184,17 +184,17 @@ def recover(target: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def clear_leftovers(parent: Path, *, shared: bool = False) -> None:
+def clear_leftovers(parent: Path, *, several_write: bool = False) -> None:
     """Remove what killed writes and deletions left in a folder; a replaced folder is recovered first.
 
     Args:
         parent: where they stand.
-        shared: True where several processes write: what is younger than `ABANDONED_S` may be another's.
+        several_write: True where several processes write: what is younger than `ABANDONED_S` may be another's.
     """
     # Sorted, "old" comes before "tmp": a whole new folder is put in place before it could be removed.
     for path in sorted(parent.iterdir()) if parent.is_dir() else []:
         match = _LEFTOVER.fullmatch(path.name)
-        if not match or (shared and not _is_abandoned(path)):
+        if not match or (several_write and not _is_abandoned(path)):
             continue
         if match["kind"] == "old":
             recover(parent / match["target"])

@@ -1,6 +1,6 @@
 """Owns prompt formats: how a conversation is written to a model, in training and for answers.
 
-Users of one hold a `PromptFormat`, and never ask which: `chosen` creates it from options, `from_record` from an
+Users of one hold a `PromptFormat`, and never ask which: `make_format` creates it from options, `from_record` from an
 adapter's record. Its kinds are `llama2.Llama2` and `own_template.Template`; a template that comes along under a name is
 a file in ``templates/``, and nothing else. Knows no token ids.
 """
@@ -189,7 +189,7 @@ class PromptFormat(ABC):
             return given
         if given is not None and not self.is_given_by(given):
             raise UserError(
-                f"{name} was trained with {self.version}, and is given {chosen(given).version}",
+                f"{name} was trained with {self.version}, and is given {make_format(given).version}",
                 option="data.template",
                 remedy="leave it out, and the adapter's own is taken",
             )
@@ -317,7 +317,7 @@ def names() -> list[str]:
     return [LLAMA_2, *built_in(), OF_BASE]
 
 
-def chosen(template: str | None = None, system: str | None = None) -> PromptFormat:
+def make_format(template: str | None = None, system: str | None = None) -> PromptFormat:
     """The format that ``data.template`` and ``data.system`` stand for.
 
     Args:

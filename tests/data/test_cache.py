@@ -21,7 +21,7 @@ from lit_qlora.data.tokenizer import load_tokenizer
 from lit_qlora.errors import UserError
 from lit_qlora.storage.folders import write_folder
 from lit_qlora.text.conversation import Conversation, Turn
-from lit_qlora.text.formats import chosen
+from lit_qlora.text.formats import make_format
 from tests.data.talks import said
 from tests.expect import check_line
 
@@ -83,7 +83,7 @@ def test_a_second_call_reads_from_disk(tokenizer, folder, no_encoding):
     [
         (TALKS, {"max_length": 1023}),
         (TALKS, {"train_on": "all"}),
-        (TALKS, {"prompt_format": chosen(system="be brief")}),
+        (TALKS, {"prompt_format": make_format(system="be brief")}),
         (TALKS[:-1], {}),
         (TALKS[::-1], {}),
         ([*TALKS[:-1], said("question 7", "other")], {}),

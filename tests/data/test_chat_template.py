@@ -11,7 +11,7 @@ from lit_qlora.data.chat_template import check_template, messages, write_tokeniz
 from lit_qlora.data.encode import Encoder
 from lit_qlora.data.tokenizer import load_tokenizer
 from lit_qlora.errors import UserError
-from lit_qlora.text.formats import chosen
+from lit_qlora.text.formats import make_format
 from tests.data.talks import said
 
 DIALOGS = [
@@ -48,7 +48,7 @@ def published(base, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
 
     def publish(system: str | None = None):
-        encoder = Encoder(load_tokenizer(base), 512, prompt_format=chosen(system=system))
+        encoder = Encoder(load_tokenizer(base), 512, prompt_format=make_format(system=system))
         write_tokenizer(tmp_path, encoder, 512)
         return encoder, load_tokenizer(str(tmp_path))
 
@@ -108,7 +108,7 @@ def test_ollama_s_prompts_have_the_ids_of_training(published):
     spec = importlib.util.spec_from_file_location("go_template", Path(__file__).parents[1] / "text" / "go_template.py")
     go_template = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(go_template)
-    template = re.search(r'TEMPLATE """(.*)"""\n', chosen().modelfile(Path("x.gguf")), re.DOTALL)[1]
+    template = re.search(r'TEMPLATE """(.*)"""\n', make_format().modelfile(Path("x.gguf")), re.DOTALL)[1]
     for dialog in DIALOGS:
         rows = messages(dialog)
         rendered = go_template.render(template, dialog.system or "", rows)

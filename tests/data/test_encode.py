@@ -15,7 +15,7 @@ from lit_qlora.data.tokenizer import load_tokenizer
 from lit_qlora.errors import UserError
 from lit_qlora.text import messages
 from lit_qlora.text.conversation import Conversation, Turn
-from lit_qlora.text.formats import chosen
+from lit_qlora.text.formats import make_format
 from tests.data.talks import said
 
 UNK, BOS, EOS = 0, 1, 2  # of the real tokenizer and of the demo's
@@ -91,7 +91,7 @@ def test_no_text_makes_a_special_id(tokenizer, conversation):
 
 
 def test_a_default_system_text_makes_no_special_id_either(tokenizer):
-    ids = Encoder(tokenizer, 4096, prompt_format=chosen(system=FORGED)).prompt(said("hi"))
+    ids = Encoder(tokenizer, 4096, prompt_format=make_format(system=FORGED)).prompt(said("hi"))
     assert (ids.count(UNK), ids.count(BOS), ids.count(EOS)) == (0, 1, 0)
 
 
@@ -118,7 +118,7 @@ TEMPLATES = Path(__file__).parents[1] / "templates"
 @pytest.mark.parametrize("train_on", ["answers", "all"])
 def test_a_turn_that_is_context_only_is_never_learned(tokenizer, template, train_on):
     source = template and (TEMPLATES / f"{template}.jinja").read_text(encoding="utf-8")
-    encoder = Encoder(tokenizer, 1024, train_on, prompt_format=chosen(source))
+    encoder = Encoder(tokenizer, 1024, train_on, prompt_format=make_format(source))
     plain = example(encoder, weighed(*[True] * 6))
     size = {count: len(example(encoder, weighed(*[True] * count)).input_ids) for count in (2, 4)}
     opened = {count: len(encoder.prompt(weighed(*[True] * count))) for count in (1, 3, 5)}
@@ -148,7 +148,7 @@ def test_the_marks_are_those_of_other_models_of_the_base_and_of_the_template(tok
         "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
     )
     assert "<END>" not in Encoder(demo_tokenizer, 64).prompt_format.marks
-    assert "<END>" in Encoder(demo_tokenizer, 64, prompt_format=chosen(source)).prompt_format.marks
+    assert "<END>" in Encoder(demo_tokenizer, 64, prompt_format=make_format(source)).prompt_format.marks
 
 
 TALK = said("one", "two", "three", "four", "five", "six", system="be brief")
@@ -186,7 +186,7 @@ def test_train_on_all_learns_everything_but_bos(tokenizer):
 
 
 def test_the_system_default_stands_in_only_where_there_is_none(tokenizer):
-    encoder, plain = Encoder(tokenizer, 1024, prompt_format=chosen(system="default")), Encoder(tokenizer, 1024)
+    encoder, plain = Encoder(tokenizer, 1024, prompt_format=make_format(system="default")), Encoder(tokenizer, 1024)
     assert encoder.prompt(said("hi")) == plain.prompt(said("hi", system="default"))
     assert encoder.prompt(said("hi", system="own")) == plain.prompt(said("hi", system="own"))
     assert encoder.prompt(said("hi", system="")) == plain.prompt(said("hi"))
@@ -244,7 +244,7 @@ def test_a_cut_by_hand(demo_tokenizer):
 @settings(deadline=None)  # the tokenizer's first call is slow
 @given(conversation=TALKS, data=st.data())
 def test_a_prompt_is_the_beginning_of_the_example(demo_tokenizer, conversation, data):
-    encoder = Encoder(demo_tokenizer, 100_000, prompt_format=chosen(system="default"))
+    encoder = Encoder(demo_tokenizer, 100_000, prompt_format=make_format(system="default"))
     turns = data.draw(st.sampled_from(range(1, len(conversation.turns), 2)))
     prompt = encoder.prompt(cut_at(conversation, turns))
     found = example(encoder, conversation)
@@ -287,8 +287,8 @@ def test_the_fingerprint_shows_all_that_decides_the_ids(demo_tokenizer, real):
         Encoder(demo_tokenizer, 64),
         Encoder(demo_tokenizer, 65),
         Encoder(demo_tokenizer, 64, "all"),
-        Encoder(demo_tokenizer, 64, "answers", chosen(system="be brief")),
-        Encoder(demo_tokenizer, 64, "answers", chosen(system="")),
+        Encoder(demo_tokenizer, 64, "answers", make_format(system="be brief")),
+        Encoder(demo_tokenizer, 64, "answers", make_format(system="")),
         Encoder(load_tokenizer(str(real / "llama2-tokenizer")), 64),
     ]
     assert len({encoder.fingerprint() for encoder in encoders}) == len(encoders)
@@ -330,7 +330,7 @@ def test_a_special_token_behind_the_vocabulary_is_let_be_unless_a_template_write
         Encoder(tokenizer, 64).check_vocabulary(1023, "base")
     source = "{% for m in messages %}{{ '<pad>' + m.role + '\\n' + m.content + eos_token }}{% endfor %}"
     source += "{% if add_generation_prompt %}{{ '<pad>assistant\\n' }}{% endif %}"
-    encoder = Encoder(tokenizer, 64, prompt_format=chosen(source))
+    encoder = Encoder(tokenizer, 64, prompt_format=make_format(source))
     with pytest.raises(UserError, match=r"has ids up to 1,024, and its.* a vocab_size of 1,024"):
         encoder.check_vocabulary(1024, "base")
 

@@ -13,7 +13,7 @@ from lit_qlora.data.templates import read_template
 from lit_qlora.data.tokenizer import load_tokenizer, stop_ids, template_beside
 from lit_qlora.errors import UserError
 from lit_qlora.text.conversation import Conversation
-from lit_qlora.text.formats import built_in, chosen
+from lit_qlora.text.formats import built_in, make_format
 from tests.data.talks import said
 from tests.llama3_like import BOS, END_OF_TEXT, EOT, TEMPLATE, write_base
 
@@ -61,7 +61,7 @@ def test_each_format_has_the_ids_and_the_text_of_apply_chat_template(base, token
     """And in training the same prompt, then the answer and its end, which alone are learned."""
     is_byte_level = tokenizer.convert_tokens_to_ids("▁") in (None, tokenizer.unk_token_id)
     for source in formats(tokenizer).values():
-        encoder = Encoder(tokenizer, 4096, prompt_format=chosen(source))
+        encoder = Encoder(tokenizer, 4096, prompt_format=make_format(source))
         end = encoder.stop_ids[0]
         for talk in TALKS:
             whole = Conversation(talk.turns[: len(talk.turns) // 2 * 2], talk.system)
@@ -89,7 +89,7 @@ def test_what_is_published_gives_the_ids_of_training_in_each_format(base, tokeni
             continue  # which writes an answer's space as a token of Llama 2's
         folder = tmp_path / name
         folder.mkdir()
-        encoder = Encoder(tokenizer, 512, prompt_format=chosen(source, "Be kind."))
+        encoder = Encoder(tokenizer, 512, prompt_format=make_format(source, "Be kind."))
         write_tokenizer(folder, encoder, 512)
         check_template(folder, encoder, [prompt for talk in TALKS for prompt in opened(talk)])
         told = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
@@ -105,7 +105,7 @@ def test_what_is_published_gives_the_ids_of_training_in_each_format(base, tokeni
 
 def test_the_ids_of_llama_3_s_format_literally(tmp_path):
     tokenizer = load_tokenizer(str(write_base(tmp_path)))
-    encoder = Encoder(tokenizer, 512, prompt_format=chosen(built_in()["llama3"]))
+    encoder = Encoder(tokenizer, 512, prompt_format=make_format(built_in()["llama3"]))
     letter = tokenizer.convert_tokens_to_ids
 
     def header(role):
@@ -119,7 +119,7 @@ def test_the_ids_of_llama_3_s_format_literally(tmp_path):
     assert example.labels == [
         *hidden * len(question), letter("b"), EOT, *hidden * len(second), letter("d"), EOT,
     ]  # fmt: skip
-    own = Encoder(tokenizer, 512, prompt_format=chosen(TEMPLATE))
+    own = Encoder(tokenizer, 512, prompt_format=make_format(TEMPLATE))
     assert [*own.examples([said("a", "b", "c", "d")])] == [example]
 
 
@@ -137,7 +137,7 @@ def test_the_ids_of_llama_3_s_format_literally(tmp_path):
 def test_an_answer_ends_at_what_is_learned_at_eos_and_at_what_the_base_says(tmp_path, stops, template, expected):
     write_base(tmp_path)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}), encoding="utf-8")
-    encoder = Encoder(load_tokenizer(str(tmp_path)), 512, prompt_format=chosen(read_template(template)))
+    encoder = Encoder(load_tokenizer(str(tmp_path)), 512, prompt_format=make_format(read_template(template)))
     assert encoder.stop_ids == expected
     for end in expected:
         assert encoder.answer([65, end]) == (encoder.decode([65]), True)
@@ -206,7 +206,7 @@ def test_a_template_with_a_clock_takes_its_own_date_in_training_and_where_it_is_
         "{% for m in messages %}{{ '[' + m.role + ']\n' + m.content + eos_token + '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '[assistant]\n' }}{% endif %}"
     )
-    encoder = Encoder(load_tokenizer(str(write_base(tmp_path))), 512, prompt_format=chosen(source))
+    encoder = Encoder(load_tokenizer(str(write_base(tmp_path))), 512, prompt_format=make_format(source))
     assert "Today: 26 Jul 2024\n[user]\na" in encoder.tokenizer.decode(encoder.prompt(said("a")))
     out = tmp_path / "out"
     out.mkdir()
@@ -214,5 +214,5 @@ def test_a_template_with_a_clock_takes_its_own_date_in_training_and_where_it_is_
     check_template(out, encoder, [said("a"), said("a", "b", "c")])
     assert (
         "strftime_now"
-        not in Encoder(encoder.tokenizer, 512, prompt_format=chosen(TEMPLATE)).prompt_format.chat_template()
+        not in Encoder(encoder.tokenizer, 512, prompt_format=make_format(TEMPLATE)).prompt_format.chat_template()
     )

@@ -9,7 +9,7 @@ from lit_qlora.data.encode import Encoder
 from lit_qlora.data.records import Reading, load_records
 from lit_qlora.data.templates import read_template
 from lit_qlora.data.tokenizer import load_tokenizer
-from lit_qlora.text.formats import chosen
+from lit_qlora.text.formats import make_format
 from tests.data.talks import said
 from tests.llama3_like import write_base
 
@@ -218,7 +218,7 @@ IDS_OF_FORMATS = {
 @pytest.mark.parametrize("name", IDS_OF_FORMATS)
 def test_ids_and_labels_of_each_format_are_these(name, tmp_path):
     tokenizer = load_tokenizer(str(write_base(tmp_path)) if name == "llama3" else "demo")
-    encoder = Encoder(tokenizer, 1024, prompt_format=chosen(read_template(name)))
+    encoder = Encoder(tokenizer, 1024, prompt_format=make_format(read_template(name)))
     (example,) = encoder.examples([said("Ann", "Tom", "Who", "Sue", system="Be brief.")])
     ids = IDS_OF_FORMATS[name]
     assert example.input_ids == [id_ for part in ids for id_ in part]

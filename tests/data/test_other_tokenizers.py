@@ -10,7 +10,7 @@ from lit_qlora.data.chat_template import check_template, messages, write_tokeniz
 from lit_qlora.data.datamodule import ChatDataModule
 from lit_qlora.data.encode import Encoder
 from lit_qlora.data.tokenizer import load_tokenizer
-from lit_qlora.text.formats import chosen
+from lit_qlora.text.formats import make_format
 from lit_qlora.tools.inspecting.look import _judge_part
 from lit_qlora.tools.inspecting.verdict import Judge, _as_batched
 from tests.data.talks import said
@@ -25,7 +25,10 @@ WITHOUT_BOS = ["qwen"]
 def encoder_of(tmp_path):
     def encoder_of(kind, template=None, **options):
         return Encoder(
-            load_tokenizer(str(save_tokenizer(tmp_path / "base", kind))), 512, prompt_format=chosen(template), **options
+            load_tokenizer(str(save_tokenizer(tmp_path / "base", kind))),
+            512,
+            prompt_format=make_format(template),
+            **options,
         )
 
     return encoder_of

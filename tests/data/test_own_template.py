@@ -20,7 +20,7 @@ from lit_qlora.data.templates import instead_of, read_template
 from lit_qlora.data.tokenizer import load_tokenizer
 from lit_qlora.errors import UserError
 from lit_qlora.text.conversation import Conversation
-from lit_qlora.text.formats import built_in, chosen, names
+from lit_qlora.text.formats import built_in, make_format, names
 from tests.data.talks import said
 
 FOLDER = Path(__file__).parents[1] / "templates"
@@ -49,7 +49,7 @@ def tokenizer(request):
 
 @pytest.fixture(scope="module")
 def encoders(tokenizer):
-    return {name: Encoder(tokenizer, 4096, prompt_format=chosen(source)) for name, source in SOURCES.items()}
+    return {name: Encoder(tokenizer, 4096, prompt_format=make_format(source)) for name, source in SOURCES.items()}
 
 
 def example(encoder: Encoder, conversation: Conversation):
@@ -85,7 +85,9 @@ def test_training_is_prompt_answer_and_eos(encoders, name, system):
 
 
 def test_chatml_s_ids_literally(real):
-    encoder = Encoder(load_tokenizer(str(real / "llama2-tokenizer")), 4096, prompt_format=chosen(SOURCES["chatml"]))
+    encoder = Encoder(
+        load_tokenizer(str(real / "llama2-tokenizer")), 4096, prompt_format=make_format(SOURCES["chatml"])
+    )
     user = [29966, 29989, 326, 29918, 2962, 29989, 29958, 1792, 13]  # "<|im_start|>user\n" in mid-text
     end = [29966, 29989, 326, 29918, 355, 29989, 29958, 13]  # "<|im_end|>\n"
     assistant = [29966, 29989, 326, 29918, 2962, 29989, 29958, 465, 22137, 13]
@@ -97,7 +99,7 @@ def test_chatml_s_ids_literally(real):
 
 
 def test_the_llama_2_format_as_a_template_gives_the_ids_of_the_format(tokenizer):
-    plain, own = Encoder(tokenizer, 4096), Encoder(tokenizer, 4096, prompt_format=chosen(SOURCES["llama2"]))
+    plain, own = Encoder(tokenizer, 4096), Encoder(tokenizer, 4096, prompt_format=make_format(SOURCES["llama2"]))
     for dialog in [*DIALOGS, SPACES]:
         for system in (None, "Be kind."):
             conversation = Conversation(dialog.turns, system)
@@ -118,7 +120,7 @@ WORDS = st.lists(PARTS, min_size=1, max_size=8).map("".join).filter(str.strip)
     train_on=st.sampled_from(["answers", "all"]),
 )
 def test_no_text_makes_a_special_id_and_the_mask_is_the_answers(name, pairs, system, train_on):
-    encoder = Encoder(DEMO, 100_000, train_on, prompt_format=chosen(SOURCES[name]))
+    encoder = Encoder(DEMO, 100_000, train_on, prompt_format=make_format(SOURCES[name]))
     system = None if name == "vicuna" else system
     contents = [text for pair in pairs for text in pair]
     found = example(encoder, said(*contents, system=system))
@@ -142,18 +144,20 @@ DEMO = load_tokenizer("demo")
 
 
 def test_a_cut_keeps_whole_answers_and_what_stands_behind_the_last_is_no_cut():
-    whole = example(Encoder(DEMO, 4096, prompt_format=chosen(SOURCES["chatml"])), said("a", "b", "c", "d"))
+    whole = example(Encoder(DEMO, 4096, prompt_format=make_format(SOURCES["chatml"])), said("a", "b", "c", "d"))
     size = len(whole.input_ids)
     assert whole.input_ids[-1] == EOS  # and not the template's line's end behind it
-    assert not example(Encoder(DEMO, size, prompt_format=chosen(SOURCES["chatml"])), said("a", "b", "c", "d")).was_cut
-    cut = example(Encoder(DEMO, size - 2, prompt_format=chosen(SOURCES["chatml"])), said("a", "b", "c", "d"))
+    assert not example(
+        Encoder(DEMO, size, prompt_format=make_format(SOURCES["chatml"])), said("a", "b", "c", "d")
+    ).was_cut
+    cut = example(Encoder(DEMO, size - 2, prompt_format=make_format(SOURCES["chatml"])), said("a", "b", "c", "d"))
     assert cut.was_cut
     assert cut.input_ids == whole.input_ids[: whole.input_ids.index(EOS) + 1]
 
 
 def test_the_fingerprint_covers_the_template():
     encoders = [
-        Encoder(DEMO, 64, prompt_format=chosen(source))
+        Encoder(DEMO, 64, prompt_format=make_format(source))
         for source in (None, SOURCES["chatml"], "{# #}" + SOURCES["chatml"])
     ]
     assert len({encoder.fingerprint() for encoder in encoders}) == 3
@@ -168,7 +172,7 @@ def test_a_merged_model_s_template_gives_the_ids_of_training(tokenizer, tmp_path
         return
     (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
     system = None if name == "vicuna" else 'The "default" \\n one, 100 %}.\nS'
-    encoder = Encoder(tokenizer, 512, prompt_format=chosen(SOURCES[name], system))
+    encoder = Encoder(tokenizer, 512, prompt_format=make_format(SOURCES[name], system))
     write_tokenizer(tmp_path, encoder, 512)
     found = load_tokenizer(str(tmp_path))
     prompts = [cut_at(dialog, turns) for dialog in [*DIALOGS, SPACES] for turns in range(1, len(dialog.turns), 2)]
@@ -187,7 +191,7 @@ def test_a_turn_that_opens_a_stretch_keeps_a_space_of_its_own(tokenizer, tmp_pat
     """Where a template puts a turn right behind a special token."""
     (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
     source = "{{ bos_token }}{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
-    encoder = Encoder(tokenizer, 512, prompt_format=chosen(source))
+    encoder = Encoder(tokenizer, 512, prompt_format=make_format(source))
     write_tokenizer(tmp_path, encoder, 512)
     check_template(tmp_path, encoder, [cut_at(SPACES, 3), said("a\n▁b")])
     ids = encoder.prompt(cut_at(SPACES, 1))
@@ -199,7 +203,7 @@ def test_ids_that_another_program_would_join_are_reported(real, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
     source = "{% for m in messages %}{{ m.role }}:{{ m.content + eos_token }}{% endfor %}"
     source += "{% if add_generation_prompt %}assistant:{% endif %}"
-    encoder = Encoder(load_tokenizer(str(real / "llama2-tokenizer")), 512, prompt_format=chosen(source))
+    encoder = Encoder(load_tokenizer(str(real / "llama2-tokenizer")), 512, prompt_format=make_format(source))
     write_tokenizer(tmp_path, encoder, 512)
     check_template(tmp_path, encoder, [said("a", "b", "c")])
     with pytest.raises(UserError, match=r"or end the prompts of data\.template in a line's end"):
@@ -326,7 +330,7 @@ def test_what_an_adapter_records_of_its_prompts():
 
 
 def test_the_demo_is_encoded_whole(tmp_path):
-    encoder = Encoder(DEMO, 4096, prompt_format=chosen(SOURCES["zephyr"]))
+    encoder = Encoder(DEMO, 4096, prompt_format=make_format(SOURCES["zephyr"]))
     conversations = load_records(str(demo.TEST), reading=Reading(prompt_format=encoder.prompt_format)).conversations
     assert len(conversations) == 84
     for conversation, found in zip(conversations, encoder.examples(conversations), strict=True):

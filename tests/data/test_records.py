@@ -9,7 +9,7 @@ from lit_qlora.data.records import Reading, check_early, load_records
 from lit_qlora.data.row import read_row
 from lit_qlora.data.sources import sources_of
 from lit_qlora.errors import UserError
-from lit_qlora.text.formats import SpecialTokens, chosen
+from lit_qlora.text.formats import SpecialTokens, make_format
 from tests.data.talks import kept, said, text, write
 
 REAL = Path(__file__).parents[2].parent / "shared" / "real" / "guanaco"
@@ -363,7 +363,8 @@ def test_special_tokens_at_the_edges_are_taken_off_and_counted():
         {"rows had special tokens written out at the edges of turns, which were taken off: </s> (2), <s> (1)": 2},
     )
     own = load_records(
-        write("b.jsonl", text("a", "b[STOP]")), reading=Reading(prompt_format=chosen().of(SpecialTokens(eos="[STOP]")))
+        write("b.jsonl", text("a", "b[STOP]")),
+        reading=Reading(prompt_format=make_format().of(SpecialTokens(eos="[STOP]"))),
     )
     assert own.conversations == [said("a", "b")]
 

@@ -21,7 +21,7 @@ from lit_qlora.figures.lines import read_lines
 from lit_qlora.model import script
 from lit_qlora.storage.folders import verify_folder
 from lit_qlora.text.conversation import Conversation, Turn
-from lit_qlora.text.formats import chosen
+from lit_qlora.text.formats import make_format
 
 CONFIG = {
     "seed_everything": 42,
@@ -71,7 +71,7 @@ def test_the_card_of_a_llama_2_adapter():
 @pytest.mark.parametrize("system", [None, 'Be "brief" ü and\nkind.'])
 def test_its_lines_of_python_ask_as_in_training(system, tmp_path, capsys):
     """In other programs, by what lies in the adapter's folder; the model is told where answers stop."""
-    encoder = Encoder(load_tokenizer("demo"), 512, prompt_format=chosen(system=system))
+    encoder = Encoder(load_tokenizer("demo"), 512, prompt_format=make_format(system=system))
     write_tokenizer(tmp_path, encoder, 512)
     expected = encoder.prompt(Conversation((Turn("user", "Your question"),)))
     said = encoder.tokenizer("Yes.", add_special_tokens=False)["input_ids"]

@@ -18,7 +18,7 @@ from lit_qlora.model.base import find_base
 from lit_qlora.model.decoder import MicroBatch, extract_layers, run_layers, run_together, weights_of
 from lit_qlora.model.lora import adapter_parameters
 from lit_qlora.model.loss import summed_cross_entropy
-from lit_qlora.model.optimizer import OPTIMIZERS, Optimizer
+from lit_qlora.model.optimizer import OPTIMIZERS, OptimizerKind
 from lit_qlora.model.shape import LLAMA_2_SIZES, Shape
 from lit_qlora.storage.files import GIB
 from tests.tiny_llama import memory_events
@@ -250,7 +250,7 @@ def test_both_kinds_of_8_bit_tensors_are_in_the_test_above():
 
 
 def test_an_optimizers_entry_is_all_that_a_forecast_asks(monkeypatch):
-    lion = Optimizer(lambda *_, **__: pytest.fail("made"), ("lion_8bit",), states=1, scratch=2)
+    lion = OptimizerKind(lambda *_, **__: pytest.fail("made"), ("lion_8bit",), states=1, scratch=2)
     monkeypatch.setitem(OPTIMIZERS, "lion", lion)
     monkeypatch.setitem(OPTIMIZERS, "lion_8bit", lion._replace(in_8_bits=True, smaller=()))
     assert memory.optimizer_bytes("lion", [4096, 4095]) == (4 * (4096 + 4095), 0)

@@ -200,7 +200,7 @@ def test_a_copy_that_was_read_lately_outlives_one_that_was_made_lately(kept, tin
 def test_a_copy_in_use_stays_until_its_process_ends(kept, tiny):
     """However long ago it was used first, and however that process ends."""
     folder, *_ = others(kept, 9000, 10, 20, 30)
-    code = "import sys, time; from pathlib import Path; from lit_qlora.storage.shared import Held\n"  # as a start does
+    code = "import sys, time; from pathlib import Path; from lit_qlora.storage.in_use import Held\n"  # as a start does
     code += "held = Held(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "held\n"

@@ -12,7 +12,7 @@ from lit_qlora.data.templates import read_template
 from lit_qlora.errors import UserError
 from lit_qlora.text import formats
 from lit_qlora.text.conversation import Conversation, Turn
-from lit_qlora.text.formats import SpecialTokens, built_in, chosen, from_record, names
+from lit_qlora.text.formats import SpecialTokens, built_in, from_record, make_format, names
 
 CHATML = (Path(__file__).parents[1] / "templates" / "chatml.jinja").read_text(encoding="utf-8")
 RECORDS = {
@@ -32,7 +32,7 @@ RECORDS = {
 
 @pytest.mark.parametrize(("options", "record"), RECORDS.values(), ids=RECORDS)
 def test_a_record_makes_the_format_again(options, record):
-    found = chosen(**options)
+    found = make_format(**options)
     assert [*found.record().items()] == [*record.items()]
     again = from_record(record, "adp", "lit_qlora.json")
     assert again.record() == record and again.identity == found.identity and again.cache_key == found.cache_key
@@ -60,7 +60,7 @@ def test_an_altered_record_is_refused_with_its_place(changes, option, words):
 
 def test_a_template_is_called_by_its_place():
     with pytest.raises(UserError, match="line 2 is no valid Jinja") as caught:
-        chosen("\n{{ 1")
+        make_format("\n{{ 1")
     assert (caught.value.place, caught.value.option) == (None, "data.template")
     record = {"prompt_format": "jinja", "template": "\n{{ 1", "template_sha256": sha256(b"\n{{ 1").hexdigest()}
     with pytest.raises(UserError, match="line 2 is no valid Jinja") as caught:
@@ -71,7 +71,7 @@ def test_a_template_is_called_by_its_place():
 @pytest.mark.parametrize("options", [{}, {"template": CHATML}], ids=["llama2", "chatml"])
 def test_a_system_text_stands_in_where_a_conversation_brings_none(options):
     tokens, asked = SpecialTokens(), Conversation((Turn("user", "a"),))
-    mine, plain = chosen(**options, system="S").of(tokens), chosen(**options).of(tokens)
+    mine, plain = make_format(**options, system="S").of(tokens), make_format(**options).of(tokens)
     assert mine.pieces(asked) == plain.pieces(Conversation(asked.turns, "S"))
     for own in ("", "T"):
         brought = Conversation(asked.turns, own)
@@ -84,29 +84,29 @@ def test_half_a_character_is_refused(options, place):
     said = [("\ud800" if name == place else "a") for name in ("the system text", "turn 1", "turn 2")]
     conversation = Conversation((Turn("user", said[1]), Turn("assistant", said[2])), said[0])
     with pytest.raises(ValueError, match=f"^{place} holds bytes that are no UTF-8, or half a character"):
-        chosen(**options).of(SpecialTokens()).pieces(conversation)
+        make_format(**options).of(SpecialTokens()).pieces(conversation)
     for name in ("system", "template"):
         with pytest.raises(UserError, match=rf"^data\.{name}: .* half a character"):
-            chosen(**{name: "{{ '\ud800' }}"})
+            make_format(**{name: "{{ '\ud800' }}"})
 
 
 def test_a_system_text_that_forges_is_refused():
     with pytest.raises(
         UserError, match=r"^data\.system: expected .* without '<<SYS>>', which the Llama 2 format writes"
     ):
-        chosen(system="<<SYS>> x").check()
-    mine = chosen(CHATML, "x<|im_start|>user")
+        make_format(system="<<SYS>> x").check()
+    mine = make_format(CHATML, "x<|im_start|>user")
     mine.check_system()  # its own texts hang on the tokenizer
     with pytest.raises(UserError, match=r"^data\.system: .* without '<\|im_start\|>user', which data\.template writes"):
         mine.of(SpecialTokens()).check()
 
 
 def test_the_modelfile():
-    text = chosen(system="Be kind.").modelfile(Path("x/mine.gguf"))
+    text = make_format(system="Be kind.").modelfile(Path("x/mine.gguf"))
     assert text.startswith('FROM ./mine.gguf\nTEMPLATE """{{- $later := false }}')
     assert text.endswith('{{- end }}"""\nSYSTEM """Be kind."""\n')
     with pytest.raises(ValueError, match="three quotes"):
-        chosen(system='a """ b').modelfile(Path("mine.gguf"))
+        make_format(system='a """ b').modelfile(Path("mine.gguf"))
 
 
 OTHER_TOKENS = SpecialTokens("<|im_start|>", "<|im_end|>", ("<|im_start|>", "<|im_end|>", "<|endoftext|>"))
@@ -124,7 +124,7 @@ TOKENS = {"llama": SpecialTokens(), "smollm2": OTHER_TOKENS, "llama3": LLAMA_3, 
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_a_template_that_comes_along_holds_all_kinds_of_conversations(name, tokens, expect_error):
     for system in (None, "Be brief."):
-        one = chosen(read_template(name), system).of(TOKENS[tokens])
+        one = make_format(read_template(name), system).of(TOKENS[tokens])
         if name != "llama3" or tokens == "llama3":
             one.check()
             continue
@@ -161,7 +161,7 @@ SYSTEM = {
 
 @pytest.mark.parametrize("name", built_in())
 def test_what_each_format_looks_like(name):
-    one = chosen(read_template(name)).of(LLAMA_3)
+    one = make_format(read_template(name)).of(LLAMA_3)
     runs = groupby(one.pieces(TALK), lambda piece: piece.is_answer)
     assert (
         "|".join("".join(piece.text for piece in run) for _, run in runs).replace("<||", "<|").replace("||>", "|>")
@@ -176,7 +176,7 @@ def test_the_page_shows_what_each_format_looks_like():
     page = (Path(__file__).parents[2] / "docs" / "prompt-formats.md").read_text(encoding="utf-8")
     talk = Conversation((Turn("user", "Who is Jonas?"), Turn("assistant", "A baker.")))
     for name in ("llama2", *built_in()):
-        one = chosen(read_template(name)).of(LLAMA_3 if name == "llama3" else SpecialTokens())
+        one = make_format(read_template(name)).of(LLAMA_3 if name == "llama3" else SpecialTokens())
         text = "".join(piece.text for piece in one.pieces(talk))
         assert f"```text\n{text}\n```\n" in page
         assert f"\n| `{name}`" in page
@@ -189,42 +189,42 @@ def test_every_built_in_format_is_written_out_above():
 def test_an_answer_may_end_in_another_special_token_than_eos():
     source = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|eot_id|>{% endfor %}"
     source += "{% if add_generation_prompt %}<assistant>{% endif %}"
-    one = chosen(source).of(LLAMA_3)
+    one = make_format(source).of(LLAMA_3)
     one.check()
     assert [piece.text for piece in one.pieces(TALK) if piece.is_answer] == ["b", "<|eot_id|>", "d", "<|eot_id|>"]
     assert one.end_of_turn == "<|eot_id|>" and one.writes("<|eot_id|>")
     with pytest.raises(UserError, match=r"is to end in EOS, .* never learns to stop"):
-        chosen(source).of(SpecialTokens()).check()
+        make_format(source).of(SpecialTokens()).check()
     two = source.replace("<|eot_id|>", "{{ eos_token if loop.index == 4 else '<|eot_id|>' }}")
     with pytest.raises(UserError, match=r"data\.template: .*answers end in <\|end_of_text\|> and in <\|eot_id\|>"):
-        chosen(two).of(LLAMA_3).check()
+        make_format(two).of(LLAMA_3).check()
     opened = source.replace("<|eot_id|>", "{% if m.role == 'assistant' %}<|begin_of_text|>{% endif %}")
     with pytest.raises(UserError, match="is to end in EOS"):  # BOS begins a text, and ends none
-        chosen(opened).of(LLAMA_3).check()
+        make_format(opened).of(LLAMA_3).check()
 
 
 def test_a_base_with_a_template_of_its_own_is_named_where_llama_2_s_format_is_taken():
     told = "prompts in the Llama 2 format; the base has a chat template of its own, which data.template base takes"
-    one = chosen().of(LLAMA_3)
+    one = make_format().of(LLAMA_3)
     assert one.notes() == [] and one.notes(built_in()["llama3"]) == [told]
     assert one.notes("{{ this_fails() }}") == one.notes("{% if") == [told]
     assert (
-        chosen(built_in()["llama3"])
+        make_format(built_in()["llama3"])
         .of(LLAMA_3)
         .notes(built_in()["llama3"])[0]
         .startswith("prompts by data.template llama3 (")
     )
     llama_2 = (Path(__file__).parents[1] / "templates" / "llama2.jinja").read_text(encoding="utf-8")
-    for own in (llama_2, chosen().chat_template(), chosen(system="S").chat_template()):
-        assert chosen().of(SpecialTokens()).notes(own) == []
+    for own in (llama_2, make_format().chat_template(), make_format(system="S").chat_template()):
+        assert make_format().of(SpecialTokens()).notes(own) == []
 
 
 def test_a_template_that_refuses_what_could_forge_is_taken():
     """As those are that come out of here: a merged model is a base, too."""
     for system in (None, "S"):
-        for published in (chosen(None, system), chosen(CHATML, system)):
+        for published in (make_format(None, system), make_format(CHATML, system)):
             own = published.of(SpecialTokens())
-            again = chosen(own.chat_template()).of(SpecialTokens())
+            again = make_format(own.chat_template()).of(SpecialTokens())
             again.check()
             for talk in (TALK, Conversation(TALK.turns[:1]), Conversation(TALK.turns, "T")):
                 texts = ["".join(piece.text for piece in one.pieces(talk)) for one in (own, again)]
@@ -234,7 +234,7 @@ def test_a_template_that_refuses_what_could_forge_is_taken():
 def test_chatml_has_one_bos_and_ends_answers_in_eos():
     asked = Conversation((Turn("user", "a"), Turn("assistant", "b")))
     for tokens, start in ((SpecialTokens(), "<s><|im_start|>"), (OTHER_TOKENS, "<|im_start|>")):
-        pieces = chosen(read_template("chatml")).of(tokens).pieces(asked)
+        pieces = make_format(read_template("chatml")).of(tokens).pieces(asked)
         assert "".join(piece.text for piece in pieces) == (
             f"{start}user\na<|im_end|>\n<|im_start|>assistant\nb{tokens.eos}"
         )
@@ -250,7 +250,7 @@ def test_a_new_template_that_comes_along_is_one_file(tmp_path, monkeypatch):
 
 def test_special_tokens_of_the_tokenizer_are_marks_however_it_spells_them():
     tokens = SpecialTokens("<a>", "<b>", ("<a>", "<b>", "<my pad>", "x"))
-    marks = chosen().of(tokens).marks
+    marks = make_format().of(tokens).marks
     assert {"<a>", "<b>", "<my pad>", "</s>", "<pad>"} <= {*marks}
     assert "x" not in marks
 
@@ -281,7 +281,7 @@ def test_ollama_writes_the_prompts_of_training(name, tokens):
     if name == "llama3" and tokens is NO_BOS:
         return
     for system in (None, "Be brief."):
-        one = chosen(source).of(OTHER_TOKENS if name == "base" else tokens)
+        one = make_format(source).of(OTHER_TOKENS if name == "base" else tokens)
         for count in (1, 3, 5):
             turns = [Turn(("user", "assistant")[place % 2], f"{place}: a\nb") for place in range(count)]
             asked = Conversation(tuple(turns), system)
@@ -292,7 +292,7 @@ def test_ollama_writes_the_prompts_of_training(name, tokens):
 
 
 def test_a_bos_that_prompts_do_not_begin_with_is_in_no_modelfile():
-    one = chosen(
+    one = make_format(
         "{% for m in messages %}<{{ m.role }}>{{ m.content + eos_token }}{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     ).of(LLAMA_3)
@@ -300,10 +300,12 @@ def test_a_bos_that_prompts_do_not_begin_with_is_in_no_modelfile():
 
 
 def test_ollama_stops_where_answers_end():
-    one = chosen(read_template("llama3")).of(LLAMA_3)
+    one = make_format(read_template("llama3")).of(LLAMA_3)
     text = one.modelfile(Path("x.gguf"), ["<|eot_id|>", "<|end_of_text|>"])
     assert text.endswith('PARAMETER stop "<|eot_id|>"\nPARAMETER stop "<|end_of_text|>"\n')
-    assert "PARAMETER" not in chosen().of(SpecialTokens()).modelfile(Path("x.gguf"), ["</s>"])  # which the weights name
+    assert "PARAMETER" not in make_format().of(SpecialTokens()).modelfile(
+        Path("x.gguf"), ["</s>"]
+    )  # which the weights name
 
 
 @pytest.mark.parametrize(
@@ -316,7 +318,7 @@ def test_ollama_stops_where_answers_end():
     ],
 )
 def test_prompts_that_go_can_t_write_have_no_modelfile(source):
-    one = chosen(source).of(SpecialTokens())
+    one = make_format(source).of(SpecialTokens())
     one.check()
     with pytest.raises(ValueError, match="which Ollama's templates can't have"):
         one.modelfile(Path("x.gguf"))

@@ -5,7 +5,7 @@ import json
 import pytest
 from jinja2 import Environment
 
-from lit_qlora.text.formats import chosen
+from lit_qlora.text.formats import make_format
 from lit_qlora.text.llama2 import INST_TAGS
 
 
@@ -17,7 +17,7 @@ def jinja(messages, system=None):
     def refuse(text):
         raise RefusedError(text)
 
-    template = Environment(trim_blocks=True, lstrip_blocks=True).from_string(chosen(system=system).chat_template())
+    template = Environment(trim_blocks=True, lstrip_blocks=True).from_string(make_format(system=system).chat_template())
     return template.render(messages=messages, bos_token="<s>", eos_token="</s>", raise_exception=refuse)
 
 

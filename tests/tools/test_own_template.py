@@ -15,7 +15,7 @@ from lit_qlora.data.encode import Encoder
 from lit_qlora.data.tokenizer import load_tokenizer
 from lit_qlora.model.lora import read_record
 from lit_qlora.text.conversation import Conversation, Turn
-from lit_qlora.text.formats import chosen
+from lit_qlora.text.formats import make_format
 from lit_qlora.tools.answering.answerer import Answerer, choose_adapter
 
 CHATML = Path(__file__).parents[1] / "templates" / "chatml.jinja"
@@ -76,7 +76,7 @@ def test_chat_writes_the_prompts_of_training(run, by, monkeypatch, capsys):
     chat = ["chat", by, str(folder), "--prompt", SILAS.turns[0].content, "--max_new_tokens", "2"]
     assert main(chat) == 0
     assert main([*chat, "--system", ""]) == 0
-    trained = Encoder(load_tokenizer("demo"), 1024, prompt_format=chosen(SOURCE, "Be brief."))
+    trained = Encoder(load_tokenizer("demo"), 1024, prompt_format=make_format(SOURCE, "Be brief."))
     assert seen[0] == trained.prompt(SILAS)
     system = "system\nBe brief.<|im_end|>\n<|im_start|>"
     assert [trained.tokenizer.decode(ids) for ids in seen] == [AS_CHATML.format(system), AS_CHATML.format("")]

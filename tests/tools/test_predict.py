@@ -22,7 +22,7 @@ from lit_qlora.errors import UserError
 from lit_qlora.model.generate import Sampling
 from lit_qlora.text import guanaco
 from lit_qlora.text.conversation import Conversation, Turn
-from lit_qlora.text.formats import chosen
+from lit_qlora.text.formats import make_format
 from lit_qlora.tools import predict as module
 from lit_qlora.tools.answering.answerer import Answer, Answerer, choose_adapter
 from lit_qlora.tools.answering.unfinished import Unfinished
@@ -342,25 +342,27 @@ def test_every_form_of_prompts(tmp_path, capsys):
     quoted = json.dumps(dialog).replace('"', '""')
     (tmp_path / "p.csv").write_text(f'prompt,system,messages\n,,"{quoted}"\n"x, y",S,\nz,,\n')
     for name in ("p.jsonl", "p.json", "p.parquet", "p.csv"):
-        assert [conversation for _, conversation in open_prompts(read_prompts(tmp_path / name), chosen())] == [
+        assert [conversation for _, conversation in open_prompts(read_prompts(tmp_path / name), make_format())] == [
             long,
             short,
             bare,
         ], name
     (tmp_path / "p.txt").write_text("\ufeffz\r\n\n  one\u2028line \n", encoding="utf-8")
-    assert open_prompts(read_prompts(tmp_path / "p.txt"), chosen()) == [
+    assert open_prompts(read_prompts(tmp_path / "p.txt"), make_format()) == [
         (f"{tmp_path}/p.txt:1", bare),
         (f"{tmp_path}/p.txt:3", Conversation((Turn("user", "one\u2028line"),))),
     ]
     (tmp_path / "only.csv").write_text("prompt\nz\n")
-    assert [conversation for _, conversation in open_prompts(read_prompts(tmp_path / "only.csv"), chosen())] == [bare]
+    assert [conversation for _, conversation in open_prompts(read_prompts(tmp_path / "only.csv"), make_format())] == [
+        bare
+    ]
 
 
 def test_prompts_are_read_as_rows_to_train_on_are(tmp_path, capsys):
     turns = [{"role": "user", "content": "a</s>", "name": "Bo"}]
     rows = ["messages,prompt,system_prompt,id", f'"{turns}",b,S,7', ",c,,8"]
     (tmp_path / "p.csv").write_text("\n".join(rows))
-    asked = [conversation for _, conversation in open_prompts(read_prompts(tmp_path / "p.csv"), chosen())]
+    asked = [conversation for _, conversation in open_prompts(read_prompts(tmp_path / "p.csv"), make_format())]
     assert asked == [Conversation((Turn("user", "a"),), "S"), Conversation((Turn("user", "c"),))]
     assert capsys.readouterr().err == (
         "prompts: 1 row had special tokens written out at the edges of turns, which were taken off: </s> (1)\n"
@@ -385,7 +387,7 @@ IMAGE = {"role": "user", "content": [{"type": "image"}]}
 def test_a_question_that_is_only_an_image_is_refused_by_its_place(row, tmp_path, expect_error):
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a"}) + "\n" + json.dumps({"messages": row}))
     rows = read_prompts(tmp_path / "p.jsonl")
-    expect_error(lambda: open_prompts(rows, chosen()), "no text", "'image'", place=f"{tmp_path}/p.jsonl:2")
+    expect_error(lambda: open_prompts(rows, make_format()), "no text", "'image'", place=f"{tmp_path}/p.jsonl:2")
 
 
 LEFT = "prompts: 1 last answer left out, for each question is answered here\n"
@@ -426,7 +428,7 @@ LEFT = "prompts: 1 last answer left out, for each question is answered here\n"
 def test_every_form_that_a_fit_reads_is_a_prompt(row, columns, prompt, note, tmp_path, capsys):
     (tmp_path / "p.jsonl").write_text(json.dumps(row) + "\n")
     rows = read_prompts(str(tmp_path / "p.jsonl"), columns)
-    assert [found for _, found in open_prompts(rows, chosen(), columns)] == [prompt]
+    assert [found for _, found in open_prompts(rows, make_format(), columns)] == [prompt]
     said = capsys.readouterr().err
     assert note in said if note else said == ""
 

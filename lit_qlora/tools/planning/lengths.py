@@ -13,7 +13,7 @@ from lit_qlora.forecast.foresee import Rows, guanaco_lengths
 from lit_qlora.forecast.memory import Samples
 from lit_qlora.model.base import Base
 from lit_qlora.storage.reach import stored_file
-from lit_qlora.text.formats import chosen
+from lit_qlora.text.formats import make_format
 
 CHARACTERS_PER_TOKEN, TOKENS_PER_TURN = 3.3, 6
 """Measured on Guanaco's conversations with Llama 2's tokenizer: characters per token, and tokens added by the
@@ -61,7 +61,7 @@ def _has_tokenizer(data: ChatDataModule, base: Base) -> bool:
 
 
 def _rows(data: ChatDataModule, has_tokenizer: bool) -> Rows:
-    reading = data.reading if has_tokenizer else data.reading_for(chosen())
+    reading = data.reading if has_tokenizer else data.reading_for(make_format())
     try:
         train, _ = data.parts(reading).train_and_held_out()
     except UserError:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from lit_qlora.storage import shared
+from lit_qlora.storage import in_use
 from lit_qlora.storage.folders import write_folder
-from lit_qlora.storage.shared import Held, prune, remove_unused
+from lit_qlora.storage.in_use import Held, prune, remove_unused
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_a_missing_folder_is_held_by_nobody_and_is_gone(tmp_path: Path) -> None:
 def test_what_was_removed_while_waiting_is_held_only_if_made_anew(
     folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, anew: bool
 ) -> None:
-    flock, waited = shared.flock, []
+    flock, waited = in_use.flock, []
 
     def late(descriptor: int, **how: bool) -> bool:
         if not waited:
@@ -55,7 +55,7 @@ def test_what_was_removed_while_waiting_is_held_only_if_made_anew(
         waited.append(descriptor)
         return flock(descriptor, **how)
 
-    monkeypatch.setattr(shared, "flock", late)
+    monkeypatch.setattr(in_use, "flock", late)
     held = Held(folders[0])
     assert (held.found, len(waited)) == (anew, 1 + anew)
     monkeypatch.undo()
@@ -100,10 +100,10 @@ def test_what_can_not_be_opened_is_there_and_a_removal_that_fails_is_an_error(
     def denied(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(shared.os, "open", denied)
+    monkeypatch.setattr(in_use.os, "open", denied)
     held = Held(folders[0])
     assert held.found
-    monkeypatch.setattr(shared, "remove_folder", denied)
+    monkeypatch.setattr(in_use, "remove_folder", denied)
     with pytest.raises(PermissionError):
         held.discard()
     monkeypatch.undo()
@@ -112,7 +112,7 @@ def test_what_can_not_be_opened_is_there_and_a_removal_that_fails_is_an_error(
 
 
 def test_a_folder_that_is_another_at_each_look_is_held(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared, "_is_still", lambda *_: False)
+    monkeypatch.setattr(in_use, "_is_still", lambda *_: False)
     held = Held(folders[0])
     monkeypatch.undo()
     assert held.found
@@ -128,14 +128,14 @@ def test_a_folder_without_its_manifest_can_not_be_in_use(folders: list[Path]) ->
 
 
 def test_one_that_was_made_anew_meanwhile_stays(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    flock = shared.flock
+    flock = in_use.flock
 
     def late(descriptor: int) -> bool:
         (folders[0] / "manifest.json").rename(folders[0] / "before")
         (folders[0] / "manifest.json").touch()
         return flock(descriptor)
 
-    monkeypatch.setattr(shared, "flock", late)
+    monkeypatch.setattr(in_use, "flock", late)
     assert not remove_unused(folders[0])
 
 

@@ -1,4 +1,4 @@
-"""Every row once an epoch, little padding, an order that two numbers give back, and one denominator a step."""
+"""Every row once per epoch, little padding, an order that two numbers restore, and one denominator per step."""
 
 import multiprocessing
 import os
@@ -62,7 +62,7 @@ def test_packing_leaves_the_least_room():
     assert sorted(map(sorted, batches)) == [[0, 3], [1, 2], [4, 5]]
 
 
-def test_packed_rows_stand_one_behind_the_other_and_no_first_token_is_learned():
+def test_packed_rows_stand_one_after_the_other_and_no_first_token_is_learned():
     examples = [(7, {"input_ids": [1, 5, 6], "labels": [1, 5, 6]}), (3, {"input_ids": [1, 8], "labels": [-100, 8]})]
     batch = collate(examples, 9, packed=True)
     assert batch.input_ids.tolist() == [[1, 5, 6, 1, 8]]
@@ -165,7 +165,7 @@ def walk(one, epochs):
     return [(one.state_dict(), plain(batch)) for _ in range(epochs) for batch in one]
 
 
-def test_it_goes_on_from_every_place_with_the_very_same_batches():
+def test_it_resumes_from_every_place_with_the_very_same_batches():
     whole = walk(loader(accumulate=3), 3)
     assert len(whole) == 36
     for place, (state, _) in enumerate(whole[:-1]):
@@ -226,7 +226,7 @@ def test_batches_that_nobody_took_to_their_end_hold_no_process_up(then):
 
 
 def _begin_workers(there):
-    """Has two workers with more to do than anybody takes from them; tells who they are."""
+    """Starts two workers with more to do than anybody takes from them; sends their process ids."""
     batches = iter(loader([3] * 3000, num_workers=2))
     next(batches)
     there.send([child.pid for child in multiprocessing.active_children()])

@@ -154,7 +154,7 @@ def test_long_texts_take_several_rows_and_a_name_of_their_own(tokenizer, folder)
 
 
 def test_learned_tokens_are_counted_as_a_batch_counts_them(tokenizer):
-    # With train_on=all nearly every token is learned; the first is BOS, and predicted by nothing.
+    # With train_on=all nearly every token is learned; the first is BOS, which no token comes before.
     rows = encode_records([said("a", "b", "c", "d")], Encoder(tokenizer, 1024, "all"))
     (row,) = rows.examples
     assert rows.answer_tokens == [len(row["input_ids"]) - 2]  # two BOS
@@ -406,7 +406,7 @@ def test_what_this_process_has_open_stays_until_it_is_closed(aged, tokenizer, mo
     assert left(entries) == []
 
 
-def test_what_a_kill_left_behind_goes_after_a_day(aged, tokenizer, folder):
+def test_what_a_kill_left_is_removed_after_a_day(aged, tokenizer, folder):
     aged(a=1)
     for name, hours in ((".0123.tmp-1-00000000", 25), (".0123.tmp-2-00000000", 23)):
         (folder / name).mkdir()

@@ -1,4 +1,4 @@
-"""From a source to loaders: what is held out, how many steps there are, and what the terminal is told."""
+"""From a source to loaders: what is held out, how many steps there are, and what the terminal shows."""
 
 import json
 import math
@@ -220,8 +220,8 @@ def test_there_are_no_more_workers_than_cores(monkeypatch):
         data.setup("fit")
         data.trainer = _device(0)
         assert data.train_dataloader().num_workers == begun
-        told = "train: 3 of 99,999 num_workers, for there are no more cores"
-        assert (told in data.describe()) == (asked > begun)
+        note = "train: 3 of 99,999 num_workers, for there are no more cores"
+        assert (note in data.describe()) == (asked > begun)
     assert 1 <= num_cores() <= os.cpu_count()
 
 
@@ -233,10 +233,10 @@ def test_three_splits_have_three_uses(tmp_path):
     data.setup("fit")
     data.setup("test")
     assert [len(words(data, part)) for part in ("train", "validation", "test")] == [4, 3, 2]
-    told = data.describe()
-    assert told[1] == "train: not read of set: more.jsonl"
-    assert told[2].startswith("validation: 3 conversations of set (validation), ")
-    assert told[3].startswith("test: 2 conversations of set (test), ") and len(told) == 4
+    lines = data.describe()
+    assert lines[1] == "train: not read of set: more.jsonl"
+    assert lines[2].startswith("validation: 3 conversations of set (validation), ")
+    assert lines[3].startswith("test: 2 conversations of set (test), ") and len(lines) == 4
     data = ChatDataModule("set/*.jsonl")
     data.setup("fit")
     assert data.describe()[1] == "train: set/*.jsonl: 2 files to train on"
@@ -362,17 +362,17 @@ def test_more_devices_than_micro_batches_of_a_limited_epoch_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("limit", "told"), [(2, " 2"), (0.5, " 0.5"), (6, None), (100, None), (1.0, None), (0, None)], ids=str
+    ("limit", "expected"), [(2, " 2"), (0.5, " 0.5"), (6, None), (100, None), (1.0, None), (0, None)], ids=str
 )
-def test_what_a_limit_leaves_out_is_reported(limit, told):
+def test_what_a_limit_leaves_out_is_reported(limit, expected):
     """Beside the count of all rows, which then says more than is scored."""
     write("rows.jsonl", ("hi", "yo"))
     write("held.jsonl", *numbered(12))
     data = ChatDataModule("rows.jsonl", validation_source="held.jsonl", batch_size=2)
     data.trainer = SimpleNamespace(lightning_module=None, limit_val_batches=limit, overfit_batches=0.0)
     data.setup("validate")
-    note = f"validation: not all of these are scored, by trainer.limit_val_batches{told}"
-    assert data.describe()[1:] == ([note] if told else [])
+    note = f"validation: not all of these are scored, by trainer.limit_val_batches{expected}"
+    assert data.describe()[1:] == ([note] if expected else [])
 
 
 def _device(rank):
@@ -452,9 +452,9 @@ def test_what_is_left_out_taken_off_and_not_used_is_reported_or_refused_by_stric
     Path("rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
     data = ChatDataModule("rows.jsonl")
     data.setup("fit")
-    told = data.describe()[1]
-    assert told.startswith("train: 1 row left out: no whole conversation, the first at rows.jsonl:21 (no JSON")
-    assert told.endswith(
+    line = data.describe()[1]
+    assert line.startswith("train: 1 row left out: no whole conversation, the first at rows.jsonl:21 (no JSON")
+    assert line.endswith(
         "; 1 row had special tokens written out at the edges of turns, which were taken off: </s> (1); "
         "1 row with what is not used: column 'id' (1)"
     )
@@ -470,7 +470,7 @@ def test_all_options_reach_the_encoder_and_the_plan():
     assert data.encoder is encoder
 
 
-def test_long_texts_that_are_divided_go_on_from_every_place(monkeypatch, tmp_path):
+def test_long_texts_that_are_divided_resume_from_every_place(monkeypatch, tmp_path):
     """In another process's module: from the cache that the first one left, and from the file where there is none."""
     import datasets
 

@@ -304,7 +304,7 @@ def test_the_fingerprint_does_not_hang_on_what_was_encoded_before(demo_tokenizer
 
 
 def with_more_tokens(tmp_path, special):
-    """The demo's tokenizer with one more token behind its 1,024."""
+    """The demo's tokenizer with one more token after its 1,024."""
     shutil.copytree(demo.BASE, tmp_path / "more", ignore=shutil.ignore_patterns("*.safetensors"))
     tokenizer = load_tokenizer(str(tmp_path / "more"))
     tokenizer.add_tokens(["<pad>"], special_tokens=special)
@@ -322,7 +322,7 @@ def test_ids_that_a_base_does_not_know_are_refused(tmp_path, expect_error):
     )
 
 
-def test_a_special_token_behind_the_vocabulary_is_let_be_unless_a_template_writes_it(tmp_path):
+def test_a_special_token_beyond_the_vocabulary_is_accepted_unless_a_template_writes_it(tmp_path):
     """As in copies of Llama 2, whose 32,000 embeddings have a pad of id 32,000 beside them."""
     tokenizer = with_more_tokens(tmp_path, special=True)
     Encoder(tokenizer, 64).check_vocabulary(1024, "base")

@@ -71,12 +71,12 @@ def test_each_format_has_the_ids_and_the_text_of_apply_chat_template(base, token
             for prompt in opened(talk):
                 # As training has them.
                 rows = [row | {"content": row["content"].strip()} for row in messages(prompt)]
-                told = {"chat_template": source, "add_generation_prompt": True}
-                text = tokenizer.apply_chat_template(rows, **told, tokenize=False)
+                options = {"chat_template": source, "add_generation_prompt": True}
+                text = tokenizer.apply_chat_template(rows, **options, tokenize=False)
                 assert "".join(piece.text for piece in encoder.prompt_format.pieces(prompt)) == text
                 ids = encoder.prompt(prompt)
                 if is_byte_level:
-                    assert tokenizer.apply_chat_template(rows, **told, return_dict=False) == ids
+                    assert tokenizer.apply_chat_template(rows, **options, return_dict=False) == ids
                 if len(prompt.turns) < len(whole.turns):
                     assert example.input_ids[: len(ids)] == ids
                     assert example.labels[len(ids)] == example.input_ids[len(ids)] != IGNORE_INDEX
@@ -92,9 +92,9 @@ def test_what_is_published_gives_the_ids_of_training_in_each_format(base, tokeni
         encoder = Encoder(tokenizer, 512, prompt_format=make_format(source, "Be kind."))
         write_tokenizer(folder, encoder, 512)
         check_template(folder, encoder, [prompt for talk in TALKS for prompt in opened(talk)])
-        told = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+        generation = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
         ends = encoder.stop_ids
-        assert told == {
+        assert generation == {
             "bos_token_id": encoder.bos_id,
             "eos_token_id": ends if len(ends) > 1 else ends[0],
             "pad_token_id": encoder.eos_id,
@@ -175,8 +175,8 @@ def test_base_is_the_base_s_own_template(tmp_path):
     data = ChatDataModule(template="base", tokenizer=folder, system="S")
     assert data.encoder.prompt_format.record()["template"] == TEMPLATE
     assert data.prompt_format.system == "S"
-    told = data.describe()[0]
-    assert told.startswith("prompts by data.template (sha256 ")
+    line = data.describe()[0]
+    assert line.startswith("prompts by data.template (sha256 ")
     plain = ChatDataModule(tokenizer=folder)
     assert "the base has a chat template of its own, which data.template base takes" in plain.describe()[0]
 

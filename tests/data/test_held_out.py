@@ -348,7 +348,7 @@ def test_other_splits_beside_a_file_or_folder_go_by_the_rest_of_its_name(source,
     assert read.unread() == ({source: unread[:-1]} if unread[:-1] else {})
 
 
-def test_a_number_behind_a_name_is_the_rest_of_it():
+def test_a_number_after_a_name_is_the_rest_of_it():
     for name in ("train2", "test2", "test3", "test"):
         write(f"{name}.jsonl", text("q", "a"), text("r", "a"))
     assert Parts("train2.jsonl").unread() == {"train2.jsonl": ["test2.jsonl"]}

@@ -177,7 +177,7 @@ def test_others_ask_in_the_ids_of_training_where_thoughts_are_closed_or_a_day_is
 
 
 @pytest.mark.parametrize("kind", ["qwen", "llama 3"])
-def test_an_answer_behind_closed_thoughts_begins_at_a_token_whatever_the_vocabulary(encoder_of, kind):
+def test_an_answer_after_closed_thoughts_begins_at_a_token_whatever_the_vocabulary(encoder_of, kind):
     """Else earlier answers would be other ids where the whole is encoded as one text."""
     split = encoder_of(kind).tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("</think>\n\nIt is")
     assert [word for word, _ in split] == ["</", "think", ">ĊĊ", "It", "Ġis"]
@@ -192,8 +192,8 @@ def test_how_many_answers_are_context_only_is_reported(tmp_path, monkeypatch):
     (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
     data = ChatDataModule("rows.json", tokenizer="base", template="mine.jinja", max_length=256, validation_share=0.2)
     data.setup("fit")
-    told = [line for line in data.describe() if "context only" in line]
-    assert [line.partition(" as context")[0] for line in told] == [
+    lines = [line for line in data.describe() if "context only" in line]
+    assert [line.partition(" as context")[0] for line in lines] == [
         "train: 10 earlier answers", "validation: 2 earlier answers",
     ]  # fmt: skip
     data.trainer, faults = None, []

@@ -393,8 +393,8 @@ def test_the_real_rows():
 
 def test_a_marker_of_the_human_at_the_end_asks_nothing():
     records = load_records(write("a.jsonl", {"text": "### Human: a### Assistant: b\n### Human:"}))
-    told = {"rows whose last turn of the user has no text, left out with its answer": 1}
-    assert records == kept("a.jsonl", [said("a", "b")], told)
+    counts = {"rows whose last turn of the user has no text, left out with its answer": 1}
+    assert records == kept("a.jsonl", [said("a", "b")], counts)
 
 
 def test_how_rows_were_changed_is_counted():

@@ -524,7 +524,7 @@ def test_a_packed_file_that_is_not_whole(packing, expect_error):
         expect_error(lambda: read_rows(Path(name), COLUMNS), "can't be unpacked", "download it again", place=name)
 
 
-def test_files_one_behind_the_other_in_a_packed_one():
+def test_files_one_after_the_other_in_a_packed_one():
     Path("a.jsonl.gz").write_bytes(gzip.compress(GOOD) * 2)
     Path("a.jsonl.zst").write_bytes(zst(GOOD) * 2)
     assert len(read_rows(Path("a.jsonl.gz"), COLUMNS)) == 2

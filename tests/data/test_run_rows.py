@@ -42,7 +42,7 @@ def test_a_digest_is_of_all_words_and_the_same_on_every_machine():
     assert len({*map(turns_digest, (said("a"), said("a", "s"), Conversation(turns), said("A")))}) == 4
 
 
-def test_it_takes_few_bytes_a_row(tmp_path):
+def test_it_takes_few_bytes_per_row(tmp_path):
     file = tmp_path / "rows.json"
     RunRows.of([said(str(number)) for number in range(1000)], [said("x")], None).write(file)
     assert file.stat().st_size < 21_000

@@ -105,8 +105,8 @@ def test_a_file_named_for_training_in_part_is_read_beside_one_of_a_split_s_whole
 def test_two_names_of_one_split_are_refused():
     for name in ("train.jsonl", "val.jsonl", "validation.jsonl"):
         write(f"mine/{name}")
-    told = "^mine: holds both val.jsonl and validation.jsonl, expected one; keep one of them$"
-    with pytest.raises(UserError, match=told):
+    pattern = "^mine: holds both val.jsonl and validation.jsonl, expected one; keep one of them$"
+    with pytest.raises(UserError, match=pattern):
         find_splits("mine")
 
 
@@ -130,8 +130,8 @@ def test_a_folder_without_training_rows_names_a_split_that_it_has(expect_error):
     expect_error(lambda: find_splits("mine").training(), "'train'", "{path: …, split: test}", place="mine")
     assert find_splits(Source("mine", split="test")).training() == "test"
     write("mine/talks.jsonl")
-    told = "rename talks.jsonl train.jsonl, or give mine/talks.jsonl itself"
-    expect_error(lambda: find_splits("mine").training(), told, place="mine")
+    remedy = "rename talks.jsonl train.jsonl, or give mine/talks.jsonl itself"
+    expect_error(lambda: find_splits("mine").training(), remedy, place="mine")
 
 
 def test_a_name_may_stand_for_a_folder_in_data():
@@ -317,7 +317,7 @@ def test_a_pattern_s_files_for_other_splits_are_not_trained_on(files, held_out):
 
 
 @pytest.mark.parametrize(
-    ("files", "told"),
+    ("files", "expected"),
     [
         (["a.jsonl"], "1 file to train on"),
         (["train.jsonl", "test.jsonl"], "1 file to train on"),
@@ -334,10 +334,10 @@ def test_a_pattern_s_files_for_other_splits_are_not_trained_on(files, held_out):
         (["a/x-00001-of-00002.jsonl", "a/x-00002-of-00002.jsonl", "b/x-00000-of-00001.jsonl"], "3 files to train on"),
     ],
 )  # fmt: skip
-def test_a_pattern_shows_which_files_it_trains_on(files, told):
+def test_a_pattern_shows_which_files_it_trains_on(files, expected):
     for name in files:
         write(name)
-    assert find_splits("**/*.jsonl").note == told
+    assert find_splits("**/*.jsonl").note == expected
     assert find_splits(files[0]).note == find_splits("demo").note == ""
 
 
@@ -587,7 +587,7 @@ GENERATED = datasets.exceptions.DatasetGenerationError
 GENERATION = "An error occurred while generating the dataset"
 
 
-def behind(error: Exception, cause: Exception) -> Exception:
+def raised_while_handling(error: Exception, cause: Exception) -> Exception:
     """``error`` as it is raised where ``cause`` is handled."""
     try:
         try:
@@ -614,11 +614,11 @@ def behind(error: Exception, cause: Exception) -> Exception:
             ["(ValueError: Unknown split \"train\". Should be one of ['test'].)", PAGE],
         ),
         (
-            behind(GENERATED(GENERATION), ValueError("JSON parse error: Invalid value. in row 1")),
+            raised_while_handling(GENERATED(GENERATION), ValueError("JSON parse error: Invalid value. in row 1")),
             ["(ValueError: JSON parse error: Invalid value. in row 1)", PAGE],
         ),
         (
-            behind(
+            raised_while_handling(
                 GENERATED(f"{GENERATION}\n\nAll the data files must have the same columns."),
                 datasets.table.CastError("Couldn't cast\n…", table_column_names=["a"], requested_column_names=["b"]),
             ),

@@ -1,4 +1,4 @@
-"""A base's tokenizer: Meta's ids of Llama 2's vocabulary, whatever the config says; what can't be loaded is told."""
+"""A base's tokenizer: Meta's ids of Llama 2's vocabulary, whatever the config says; refused if it can't be loaded."""
 
 import json
 import shutil
@@ -24,8 +24,8 @@ def base(folder, files, config=None):
         shutil.copyfile(file, folder / file.name)
     (folder / "config.json").write_text(json.dumps(MODEL), encoding="utf-8")
     if config is not None:
-        told = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        (folder / "tokenizer_config.json").write_text(json.dumps(told | config), encoding="utf-8")
+        rules = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        (folder / "tokenizer_config.json").write_text(json.dumps(rules | config), encoding="utf-8")
     return str(folder)
 
 
@@ -111,8 +111,8 @@ def test_a_tokenizer_config_names_nothing_but_a_tokenizer(tmp_path, name, monkey
 
     monkeypatch.setattr(transformers.LlamaForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("it was loaded"))
     rules = json.loads((demo.BASE / "tokenizer_config.json").read_text(encoding="utf-8"))
-    told = _changed(tmp_path, "tokenizer_config.json", json.dumps(rules | {"tokenizer_class": name}))
-    assert told.endswith(f'tokenizer_config.json: tokenizer_class: expected the name of a tokenizer, got "{name}"')
+    message = _changed(tmp_path, "tokenizer_config.json", json.dumps(rules | {"tokenizer_class": name}))
+    assert message.endswith(f'tokenizer_config.json: tokenizer_class: expected the name of a tokenizer, got "{name}"')
 
 
 def test_a_tokenizer_without_eos_is_refused(tmp_path, expect_error):
@@ -204,8 +204,8 @@ def demo_files(tmp_path):
         folder = tmp_path / "base"
         if not folder.is_dir():
             shutil.copytree(demo.BASE, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-        told = json.loads((demo.BASE / "tokenizer_config.json").read_text(encoding="utf-8")) | changes
-        (folder / "tokenizer_config.json").write_text(json.dumps(told), encoding="utf-8")
+        rules = json.loads((demo.BASE / "tokenizer_config.json").read_text(encoding="utf-8")) | changes
+        (folder / "tokenizer_config.json").write_text(json.dumps(rules), encoding="utf-8")
         return folder
 
     return files

@@ -48,15 +48,15 @@ def test_without_a_checkpoint_all_lines_are_of_an_earlier_start(tmp_path, capsys
     assert capsys.readouterr().out == f"   run  {path}: 1 line after step 0 replaced\n"
 
 
-def test_lines_behind_the_checkpoint_go_and_those_that_it_held_come(tmp_path, capsys):
+def test_lines_after_the_checkpoint_are_removed_and_those_that_it_held_restored(tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
     path.write_text(lines_of(0, 3, 5, 7, 9) + '{"step": 1')
     file = StepLines(path)
     file.go_back({"counted_on": 3, "unwritten": {4: lines_of(4)}})
     assert path.read_text() == lines_of(0, 3, 4)
     assert file.state_dict() == {"counted_on": 4, "unwritten": {}}
-    told = capsys.readouterr()
-    assert (told.out, told.err) == (f"   run  {path}: 3 lines after step 3 replaced\n", "")
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == (f"   run  {path}: 3 lines after step 3 replaced\n", "")
 
 
 def test_nothing_is_touched_before_it_is_known_where_to_go_back_to(tmp_path):
@@ -94,20 +94,20 @@ LOST = "its lines of the steps {} to 7, which the checkpoint relies on, are lost
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "expected"),
     [
         (lambda whole: whole, []),
-        (lambda whole: whole + b'{"st', []),  # behind the checkpoint: written anew
+        (lambda whole: whole + b'{"st', []),  # after the checkpoint: written anew
         (lambda whole: whole[:-9] + bytes(9), [LOST.format(6)]),
         (lambda whole: whole[:22], [LOST.format(1)]),
         (lambda whole: b"", [LOST.format(0)]),
     ],
 )  # fmt: skip
-def test_an_end_that_was_cut_off_or_zeroed_is_reported_with_the_steps_that_are_lost(tmp_path, capsys, damage, told):
+def test_an_end_that_was_cut_off_or_zeroed_is_reported_with_the_steps_that_are_lost(tmp_path, capsys, damage, expected):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(damage(lines_of(0, 3, 5, 7).encode()))
     file = resumed(path, 7)
-    assert capsys.readouterr().err.splitlines() == [f"warning: {path}: {line}" for line in told]
+    assert capsys.readouterr().err.splitlines() == [f"warning: {path}: {line}" for line in expected]
     file.add(9, {"b": 1})
     assert [*read_lines(path)][-1] == {"step": 9, "b": 1}
 

@@ -1,4 +1,4 @@
-"""All figures of a step stand once under it, those of the open step are in the checkpoint, and views follow."""
+"""All figures of a step stand in one line, those of the open step are in the checkpoint, and views follow."""
 
 import json
 import math
@@ -62,7 +62,7 @@ def test_a_run_that_was_cut_keeps_the_open_step_in_its_checkpoint(run):
     record.log_metrics({"a": math.nan}, step=1)
     record.log_samples(ANSWERS, 1)
     state = through_json(record.state_dict())
-    record.log_metrics({"b": 8}, step=1)  # behind the save: comes again
+    record.log_metrics({"b": 8}, step=1)  # after the save: comes again
     record.log_metrics({"a": 8}, step=2)
     record.finalize("failed")
     assert [line["step"] for line in read_lines(run.metrics)] == [0, 1]
@@ -78,7 +78,7 @@ def test_a_run_that_was_cut_keeps_the_open_step_in_its_checkpoint(run):
     assert [*read_lines(run.samples)] == [{"step": 1, **ANSWERS}]
 
 
-def test_samples_of_steps_behind_the_checkpoint_go(run):
+def test_samples_of_steps_after_the_checkpoint_are_removed(run):
     record = Record(run)
     record.log_samples(ANSWERS, 0)
     record.log_metrics({"a": 1}, step=2)

@@ -166,7 +166,7 @@ def test_a_run_that_was_never_saved_starts_its_curves_anew(tmp_path):
 
 
 def test_a_page_that_is_open_meanwhile_drops_what_it_had(tmp_path):
-    """It has read the earlier file by then, and goes on to the next one by name."""
+    """It has read the earlier file by then, and continues with the next one by name."""
     log(start(tmp_path), (0, 8.0), (5, 8.0))
     (earlier,) = files_of(tmp_path)
     page = EventAccumulator(str(tmp_path / "training")).Reload()
@@ -257,9 +257,9 @@ def test_what_found_no_room_is_written_once_there_is_some(tmp_path, capsys, disk
     if is_begun and room:
         assert shown(tmp_path)["a"][0] == (1, 1.0)  # what was written whole stays, while there is no room
     if is_begun:
-        told = f"TensorBoard's files in {tmp_path} can't be written: No space left on device"
-        assert record.problem == told
-        check_line(capsys.readouterr().err, "training continues", "kept for later", begins=f"error: {told}; ")
+        problem = f"TensorBoard's files in {tmp_path} can't be written: No space left on device"
+        assert record.problem == problem
+        check_line(capsys.readouterr().err, "training continues", "kept for later", begins=f"error: {problem}; ")
     disk[0] = None
     log(record, (5, 5.0))
     record.save()
@@ -271,7 +271,7 @@ def test_what_found_no_room_is_written_once_there_is_some(tmp_path, capsys, disk
     assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
 
 
-def test_a_file_that_cannot_be_begun_is_reported_once_and_the_rest_goes_on(tmp_path, capsys, monkeypatch):
+def test_a_file_that_cannot_be_begun_is_reported_once_and_the_rest_continues(tmp_path, capsys, monkeypatch):
     def denied(*_):
         raise OSError(errno.EACCES, os.strerror(errno.EACCES))
 

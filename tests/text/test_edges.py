@@ -33,7 +33,7 @@ from lit_qlora.text.edges import WRITTEN_OUT, WrittenOutError, clean, take_off
             "grey.",
             ["<|START_OF_TURN_TOKEN|>", "<|CHATBOT_TOKEN|>"],
         ),
-        # The colon behind a role's token is its own.
+        # The colon after a role's token is its own.
         ("<|User|>:hi<eoh>\n<|Bot|>:", "hi", ["<|User|>:", "<eoh>", "<|Bot|>:"]),
         ("hi<eoh>\n<|Bot|>: ", "hi", ["<eoh>", "<|Bot|>:"]),
         ("<|assistant|>:-)", ":-)", ["<|assistant|>"]),
@@ -92,7 +92,7 @@ from lit_qlora.text.edges import WRITTEN_OUT, WrittenOutError, clean, take_off
         ("x\t<|im_start|>user", "x\t<|im_start|>user", []),
         ("x <|start_header_id|>user<|end_header_id|>", "x <|start_header_id|>user<|end_header_id|>", []),
         ("they write <|assistant|>", "they write <|assistant|>", []),
-        # Not so behind another mark, on a line of its own, or right behind a word.
+        # Not so after another mark, on a line of its own, or right after a word.
         ("x</s> <|im_start|>user", "x", ["</s>", "<|im_start|>user"]),
         ("x\n <|im_start|>user", "x", ["<|im_start|>user"]),
         ("x<|im_start|>user", "x", ["<|im_start|>user"]),
@@ -161,7 +161,7 @@ def test_an_opener_in_another_case_inside_is_a_whole_conversation():
         ("<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|message|>grey.", "<|start|>assistant<|message|>"),
     ],
 )
-def test_a_text_that_goes_on_behind_what_ends_it_is_a_whole_conversation(text, opened):
+def test_a_text_that_continues_after_what_ends_it_is_a_whole_conversation(text, opened):
     with pytest.raises(WrittenOutError, match=re.escape(repr(opened))):
         take_off(text, WRITTEN_OUT)
 
@@ -171,7 +171,7 @@ def test_turns_that_a_text_speaks_of_stay():
     assert take_off(f"{text}</s>", WRITTEN_OUT) == (text, ["</s>"])
 
 
-def test_a_role_behind_a_mark_of_a_tokenizer_alone_goes_with_it():
+def test_a_role_after_a_mark_of_a_tokenizer_alone_goes_with_it():
     marks = ["<turn>", "<of>", "<end>"]
     assert take_off("<turn>model\ngrey.<end>", marks) == ("grey.", ["<turn>model", "<end>"])
     assert take_off("<turn>model<of>grey.", marks) == ("grey.", ["<turn>model", "<of>"])

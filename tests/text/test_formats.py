@@ -264,7 +264,7 @@ SMOLLM2 = (
 
 
 def by_ollama(one, conversation, adds_bos=True):
-    """What the Modelfile makes of a conversation, behind the BOS that llama.cpp adds to most."""
+    """What the Modelfile makes of a conversation, after the BOS that llama.cpp adds to most."""
     spec = importlib.util.spec_from_file_location("go_template", Path(__file__).with_name("go_template.py"))
     go_template = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(go_template)

@@ -144,7 +144,7 @@ def test_where_no_question_has_a_text_nothing_is_left_and_it_is_counted(rows, ch
     assert messages.parse([known.get(one, called) for one in rows]) == (None, expected, (), ())
 
 
-def test_what_the_assistant_says_first_may_be_kept_behind_a_turn_of_the_user_s():
+def test_what_the_assistant_says_first_may_be_kept_after_a_turn_of_the_user_s():
     parsed = messages.parse([SYSTEM, ASSISTANT, USER], "(begins)")
     assert parsed == (Conversation(turns("(begins)", "yo", "hi"), "be kind"), (messages.OPENING_KEPT,), (), ())
     assert [turn.learned for turn in parsed.conversation.turns] == [False, True, True]
@@ -160,7 +160,7 @@ def test_roles_go_by_several_names(user, assistant):
 
 
 ASKED = {"role": "user", "content": "How warm is it?"}
-TOLD = {"role": "assistant", "content": "18 degrees."}
+REPLY = {"role": "assistant", "content": "18 degrees."}
 CALL = {"id": "call_1", "type": "function", "function": {"name": "warmth", "arguments": "{}"}}
 WITH_RESULT = Conversation(turns("How warm is it?\n\n18", "18 degrees."))
 TOOLS = (messages.CALLED, messages.ANSWERED_BY_TOOL)
@@ -170,12 +170,12 @@ TOOLS = (messages.CALLED, messages.ANSWERED_BY_TOOL)
     "rows",
     [
         [ASKED, {"role": "assistant", "content": None, "tool_calls": [CALL]},
-         {"role": "tool", "tool_call_id": "call_1", "name": "warmth", "content": "18"}, TOLD],
-        [ASKED, {"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "18"}, TOLD],
+         {"role": "tool", "tool_call_id": "call_1", "name": "warmth", "content": "18"}, REPLY],
+        [ASKED, {"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "18"}, REPLY],
         [ASKED, {"role": "assistant", "tool_calls": [CALL]},
-         {"role": "tool", "content": [{"type": "text", "text": "18"}]}, TOLD],
+         {"role": "tool", "content": [{"type": "text", "text": "18"}]}, REPLY],
         [ASKED, {"role": "assistant", "content": None, "function_call": {"name": "warmth", "arguments": "{}"}},
-         {"role": "function", "name": "warmth", "content": "18"}, TOLD],
+         {"role": "function", "name": "warmth", "content": "18"}, REPLY],
         [{"from": "human", "value": "How warm is it?"}, {"from": "function_call", "value": '{"name": "warmth"}'},
          {"from": "observation", "value": "18"}, {"from": "gpt", "value": "18 degrees."}],
         [{"from": "human", "value": "How warm is it?"}, {"from": "function-call", "value": '{"name": "warmth"}'},
@@ -189,13 +189,13 @@ def test_a_tool_s_call_is_not_learned_and_its_result_stands_in_the_prompt(rows):
 
 def test_keys_of_tools_are_named_where_nothing_reads_them():
     result = {"role": "tool", "content": "18", "name": "warmth", "tool_call_id": "call_1", "tool_calls": [CALL]}
-    rows = [{**ASKED, "function_call": CALL}, {"role": "assistant", "tool_calls": [CALL]}, result, TOLD]
+    rows = [{**ASKED, "function_call": CALL}, {"role": "assistant", "tool_calls": [CALL]}, result, REPLY]
     keys = ("function_call", "name", "tool_call_id", "tool_calls")
     assert messages.parse(rows).unused == tuple(f"key {key!r} of a turn" for key in keys)
 
 
 def test_what_is_said_beside_a_call_is_learned_and_a_result_may_be_an_object():
-    rows = [ASKED, {**ASSISTANT, "tool_calls": [CALL]}, {"role": "tool", "content": {"at": "noon", "is": 18}}, TOLD]
+    rows = [ASKED, {**ASSISTANT, "tool_calls": [CALL]}, {"role": "tool", "content": {"at": "noon", "is": 18}}, REPLY]
     expected = turns("How warm is it?", "yo", '{"at": "noon", "is": 18}', "18 degrees.")
     assert messages.parse(rows) == (Conversation(expected), TOOLS, (), ())
 

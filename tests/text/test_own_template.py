@@ -120,7 +120,7 @@ def test_answers_are_exactly_the_answers_and_prompts_begin_them(name, pairs, sys
     prompt = one.pieces(Conversation(conversation.turns[:count], conversation.system))
     assert pieces[: len(prompt)] == prompt
     assert pieces[len(prompt)].is_answer
-    if name not in ("alpaca", "trl", "zephyr", "chatml"):  # these write something behind the last answer
+    if name not in ("alpaca", "trl", "zephyr", "chatml"):  # these write something after the last answer
         assert text_of(pieces) == one._render([conversation.system or "", *contents], False)
 
 
@@ -142,7 +142,7 @@ def test_the_template_s_own_words_may_not_be_said(name):
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '<|im_sep|>\n\n' + m.content + '</s>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>\n\n' }}{% endif %}",
 ])  # fmt: skip
-def test_a_role_behind_a_special_token_is_a_word_like_any_other(source):
+def test_a_role_after_a_special_token_is_a_word_like_any_other(source):
     one = template(source, specials=(*SPECIALS, "<|im_start|>", "<|im_sep|>"))
     assert one.tags == []
     assert text_of(one.pieces(said("What does the user of a system say?", "The assistant knows."))).count("user") == 2
@@ -169,7 +169,7 @@ AT_2 = "with a conversation of 2 turns: "
             AT_2 + "the answer that is turn 2 is to end in EOS, or the model never learns to stop: after it comes "
             "'<|im_end|>\\n'; write {{ eos_token }} right after the assistant's content",
         ),
-        (  # one that comes behind the question alone
+        (  # one that comes after the question alone
             HEAD + "{{ m.content }}{{ eos_token if m.role == 'user' }}\n" + CLOSE,
             AT_2 + "the answer that is turn 2 is to end in EOS",
         ),

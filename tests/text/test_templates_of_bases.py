@@ -218,7 +218,7 @@ def test_what_is_asked_and_learned(name):
     template = template_of(shape)
     template.check()
     assert written(template, Conversation(TALK)) == shape.written
-    for turns in (1, 3):  # chat asks for it in the very text behind which it was learned
+    for turns in (1, 3):  # chat asks for it after the very text that came before it in training
         asked = "".join(piece.text for piece in template.pieces(Conversation(TALK[:turns])))
         before_last, _, _ = written(template, Conversation(TALK[: turns + 1])).rpartition("«")
         assert before_last.replace("«", "").replace("»", "") == asked
@@ -229,10 +229,10 @@ def test_what_is_asked_and_learned(name):
 
 
 def test_where_earlier_answers_are_written_otherwise_it_is_reported():
-    told = {
+    reported = {
         name: [line for line in template_of(one).notes() if "only the last" in line] for name, one in SHAPES.items()
     }
-    assert [name for name, lines in told.items() if lines] == [name for name in SHAPES if "last answer" in name]
+    assert [name for name, lines in reported.items() if lines] == [name for name in SHAPES if "last answer" in name]
 
 
 def test_a_user_who_publishes_the_template_asks_without_thoughts():
@@ -273,7 +273,7 @@ THINKING = [name for name in SHAPES if "thoughts opened" in name]
 
 @pytest.mark.parametrize("name", THINKING)
 def test_thoughts_that_a_prompt_opens_are_closed_for_others_too(name):
-    """Published, the template asks as training did; and what it is told says so."""
+    """Published, the template asks as training did; and the report says so."""
     template = template_of(SHAPES[name])
     assert any("they are closed at once" in line for line in template.notes())
     for turns in (1, 3):

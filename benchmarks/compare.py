@@ -6,7 +6,7 @@
 
 Each peer runs in a process of its own, several times, in turns. Counted are tokens that are not padding, over whole
 optimizer steps, after a warm-up, over one pass through the rows at least: rows of other lengths take another time a
-token. Before the first step, and again behind the last, each scores the same rows by its own loss: equal work. TRL's
+token. Before the first step, and again after the last, each scores the same rows by its own loss: equal work. TRL's
 best settings are its length groups or its packing, whichever is quicker, Unsloth's its defaults, its packing with
 either checkpointing, or none; they pack without flash attention, too, and the loss of the same rows shows that no
 conversation sees another. Ends with a table and one line of JSON; with ``--output DIR`` both are kept there, with a
@@ -253,7 +253,7 @@ def _words(found: dict) -> str:
 
 
 def _reason(log: str) -> str:
-    """The line of a log that tells what went wrong."""
+    """The line of a log that says what went wrong."""
     lines = [line.strip() for line in log.replace("\r", "\n").splitlines() if line.strip()]
     errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
     return (errors or lines or ["no output"])[-1][:300]

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 GRID = (
-    # tokens a row, rows, rank, layers kept (of a base with fewer: all)
+    # tokens per row, rows, rank, layers kept (of a base with fewer: all)
     (256, 8, 16, 0), (512, 4, 16, 0), (1024, 2, 16, 0), (2048, 1, 16, 0), (4096, 1, 16, 0), (1024, 1, 16, 0),
     (1024, 4, 16, 0), (1024, 8, 16, 0), (1024, 2, 16, 32), (1024, 4, 16, 16), (512, 4, 16, 16), (256, 4, 16, 32),
     (1024, 2, 64, 0), (1024, 2, 64, 16), (1024, 2, 8, 0), (1024, 2, 8, 32),

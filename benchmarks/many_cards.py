@@ -38,7 +38,7 @@ SHARES = (1, 4)
 """Micro-batches of a step, per card."""
 SAME_CARDS, SAME_STEPS = (2, 4, 8, 16, 64), (4, 16, 64)
 HOST_S = 1e-3
-"""What a process takes for a micro-batch of another card: 0.7 ms, by hand, on one core of a busy Intel Xeon."""
+"""Seconds that a process takes for a micro-batch of another card: 0.7 ms, by hand, on one core of a busy Intel Xeon."""
 STEPS = 8
 """Of each cell, over which the dealing is averaged."""
 

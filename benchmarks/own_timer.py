@@ -14,7 +14,7 @@ from lit_qlora.model.module import QLoRAModule
 clock: Any = None
 """The `peers.Clock` of this process."""
 rows: list = []
-"""Examples whose loss is told before and after: ids and labels."""
+"""Examples whose loss is reported before and after: ids and labels."""
 
 
 class Stopwatch(Callback):

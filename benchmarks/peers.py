@@ -170,7 +170,7 @@ def trl_grouped(spec: dict, clock: Clock) -> None:
 
 
 def trl_packed(spec: dict, clock: Clock) -> None:
-    """The same with its packing: as many tokens a step as batches by tokens have here, none of them padding.
+    """The same with its packing: as many tokens per step as batches by tokens have here, none of them padding.
 
     TRL asks for flash attention there and takes any other: its collator gives no mask and its loss no cache, so that
     transformers keeps documents apart by their positions. The loss of the same rows shows it.
@@ -217,7 +217,7 @@ def unsloth(
     import os
 
     os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
-    # Before transformers, peft and TRL: imported behind TRL it leaves its trainer as it was, and that one pads.
+    # Before transformers, peft and TRL: imported after TRL it leaves its trainer as it was, and that one pads.
     from unsloth import FastLanguageModel  # isort: skip
     import torch
     from datasets import Dataset
@@ -239,7 +239,7 @@ def unsloth(
     )
     more = {"max_length": spec["max_length"], "fp16": bool(spec["t4"]), "bf16": not spec["t4"]}
     clock.batches_per_step = accumulation
-    more |= {"gradient_accumulation_steps": accumulation}  # its own default is 2: another number of rows a step
+    more |= {"gradient_accumulation_steps": accumulation}  # its own default is 2: another number of rows per step
     config = SFTConfig(**_options(spec, "unsloth") | more | best)
     trainer = SFTTrainer(model, args=config, train_dataset=Dataset.from_list(_rows(spec)), processing_class=tokenizer)
     _adapters_in_fp32(trainer, spec)
@@ -249,7 +249,7 @@ def unsloth(
 def unsloth_packed(
     spec: dict, clock: Clock, checkpointing: str | bool = "unsloth", most_rows: int | None = None
 ) -> None:
-    """The same with its packing: as many tokens a step as TRL's packing and batches by tokens have here."""
+    """The same with its packing: as many tokens per step as TRL's packing and batches by tokens have here."""
     rows = max(1, spec["batch_size"] // 2)
     at_once = min(rows, most_rows or rows)
     unsloth(spec, clock, checkpointing, rows // at_once, packing=True, per_device_train_batch_size=at_once)
@@ -266,7 +266,7 @@ def unsloth_packed_kept(spec: dict, clock: Clock) -> None:
 
 
 def unsloth_kept(spec: dict, clock: Clock) -> None:
-    """Without checkpointing: two rows at a time, padding-free, for which a T4 has the memory; as many a step."""
+    """Without checkpointing: two rows at a time, padding-free, for which a T4 has the memory; as many per step."""
     rows = min(2, spec["batch_size"])
     accumulation = spec["batch_size"] // rows
     unsloth(spec, clock, checkpointing=False, accumulation=accumulation, per_device_train_batch_size=rows)
@@ -336,7 +336,7 @@ def _timer(clock: Clock) -> object:
 
 
 def _counted(collate: Callable[[list[dict]], dict], clock: Clock) -> Callable[[list[dict]], dict]:
-    """A collator that tells the clock what it makes."""
+    """A collator that reports what it makes to the clock."""
 
     def counted(examples: list[dict]) -> dict:
         lengths = [len(example["input_ids"]) for example in examples]

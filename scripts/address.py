@@ -43,7 +43,7 @@ def move(new: str, root: Path = ROOT) -> list[str]:
         except UnicodeDecodeError:  # a picture, weights
             continue
         moved = text.replace(old, new)
-        # Colab's badge has it behind another host.
+        # Colab's badge has it after another host.
         moved = moved.replace(f"github/{old.removeprefix(SITE)}/", f"github/{new.removeprefix(SITE)}/")
         if moved != text:
             (root / name).write_bytes(moved.encode("utf-8"))

@@ -229,7 +229,7 @@ STAGES = [
 
 
 def road() -> str:
-    """docs/road.svg: the stages in a row, and what each hands on."""
+    """docs/road.svg: the stages in a row, and what each passes on."""
     return "\n".join(_road()) + "\n"
 
 

@@ -77,9 +77,9 @@ def pin(folder: Path) -> dict[str, Any]:
         answer = command(folder, "chat", "--run", str(run), "--prompt", "Where does Tom live?")
         found[f"{name}: answer"] = _digest(answer.encode())
     caches = sorted(file.name for file in (folder / "cache" / "lit_qlora").iterdir() if not file.name.startswith("."))
-    planned = command(folder, "plan", "--config", str(ROOT / "configs" / "colab_t4_1k.yaml"), "--model.base", "demo",
+    printed = command(folder, "plan", "--config", str(ROOT / "configs" / "colab_t4_1k.yaml"), "--model.base", "demo",
                       "--data.source", "demo", "--gpu", "t4")  # fmt: skip
-    return found | {"cache keys": caches, "plan": _digest(planned.encode())}
+    return found | {"cache keys": caches, "plan": _digest(printed.encode())}
 
 
 def command(folder: Path, *args: str) -> str:

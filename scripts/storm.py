@@ -180,7 +180,7 @@ def all_storms(folder: Path, args: argparse.Namespace) -> Iterator[Outcome]:
 
 
 def main() -> int:
-    """Storms, tells, and returns the exit status."""
+    """Storms, prints what was found, and returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[2])
     parser.add_argument("--runs", type=int, default=100, help="runs to the end")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")

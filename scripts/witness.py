@@ -68,7 +68,7 @@ class Witness(Callback):
         self._note(trainer, epoch=trainer.current_epoch, batch=batch_idx, rows=list(batch.rows), loss=loss)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validates; the saves behind it are of the same phase, up to `on_save_checkpoint`."""
+        """Validates; the saves after it are of the same phase, up to `on_save_checkpoint`."""
         self._enter(trainer, "validation")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -151,11 +151,11 @@ def result(run: Path) -> dict[str, Any]:
         found[f"samples, step {step}"] = line
     for file in sorted(path for path in kept.adapter.iterdir() if path.name != "manifest.json"):
         content = file.read_bytes()
-        if file.suffix == ".md":  # the card tells how long it took, and how much memory
+        if file.suffix == ".md":  # the card states how long it took, and how much memory
             content = re.sub(rb"(?m)^[\d,]+ optimizer steps.*$", b"", content)
         found[f"adapter/{file.name}"] = hashlib.sha256(content).hexdigest()
     found |= _flat(load_state(kept.checkpoint(kept.saved_steps()[-1])), "last checkpoint")
-    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of each file that goes on behind another
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of each file that continues another
     for part in (TRAINING_FOLDER, HELD_OUT_FOLDER):
         curves = EventAccumulator(str(run / part), size_guidance={"tensors": 0}).Reload()
         for tag in curves.Tags()["tensors"]:

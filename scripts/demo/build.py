@@ -31,7 +31,7 @@ SPECIAL = ["<unk>", "<s>", "</s>"]
 UNK, BOS, EOS = range(3)
 
 WINDOW = 192  # tokens: longer than the longest conversation, so that no position is new to the base
-ROWS = 24  # windows a step
+ROWS = 24  # windows per step
 PEAK_RATE = 3e-3
 
 
@@ -134,7 +134,7 @@ def part_unmet(model: LlamaForCausalLM, met: torch.Tensor, seed: int) -> None:
     """Gives each token that was never a target a direction of its own in the output head.
 
     Training pushes the rows of all these tokens (end of text, digits, most bytes, rare signs) the same way,
-    until they are hardly to be told apart, and an adapter, which leaves the head as it is, could make none of
+    until they can hardly be told apart, and an adapter, which leaves the head as it is, could make none of
     them likelier than the others.
 
     Args:

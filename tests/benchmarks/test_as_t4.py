@@ -19,8 +19,8 @@ GIB = 1024**3
 
 @pytest.fixture
 def h100(monkeypatch):
-    """A GPU of 80 GiB, as far as the limits ask torch about it; returns what torch was told, by what it concerns."""
-    told = {}
+    """A GPU of 80 GiB, as far as the limits ask torch about it; returns what they set in torch, by kind."""
+    limits = {}
     cuda = torch.cuda
     monkeypatch.setattr(cuda, "is_available", lambda: True)
     monkeypatch.setattr(cuda, "set_device", lambda number: None)
@@ -29,12 +29,12 @@ def h100(monkeypatch):
     monkeypatch.setattr(cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(cuda, "mem_get_info", lambda: (79 * GIB, 80 * GIB))
-    monkeypatch.setattr(cuda, "set_per_process_memory_fraction", partial(told.__setitem__, "share"))
+    monkeypatch.setattr(cuda, "set_per_process_memory_fraction", partial(limits.__setitem__, "share"))
     for kernels in ("flash", "cudnn", "mem_efficient", "math"):
-        monkeypatch.setattr(torch.backends.cuda, f"enable_{kernels}_sdp", partial(told.__setitem__, kernels))
+        monkeypatch.setattr(torch.backends.cuda, f"enable_{kernels}_sdp", partial(limits.__setitem__, kernels))
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
-    return told
+    return limits
 
 
 def test_the_package_takes_a_larger_gpu_for_a_t4(h100):

@@ -107,7 +107,7 @@ def arguments_of(monkeypatch, tmp_path, peer, **spec):
     return " ".join(seen)
 
 
-def test_packing_learns_as_many_tokens_a_step_as_batches_by_tokens(monkeypatch, tmp_path):
+def test_packing_learns_as_many_tokens_per_step_as_batches_by_tokens(monkeypatch, tmp_path):
     by_tokens = arguments_of(monkeypatch, tmp_path, "lit_qlora_tokens", kernels=False, t4=False)
     packed = arguments_of(monkeypatch, tmp_path, "lit_qlora_packed", kernels=False, t4=False)
     assert "--data.batch_tokens 8192" in by_tokens and "packing" not in by_tokens
@@ -134,7 +134,7 @@ def test_profiled_peers_have_a_table_by_class():
     assert compare._kernel_table({"peers": {"lit_qlora": {"tokens_per_second": 1.0}}}) == []
 
 
-def test_quick_measures_short_rows_too_and_leaves_nothing_behind(monkeypatch, capsys, tmp_path):
+def test_quick_measures_short_rows_too_and_leaves_no_files(monkeypatch, capsys, tmp_path):
     """Defaults beside defaults, and the best beside the best, for both kinds of rows."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["compare.py", "--cpu", "--quick"])

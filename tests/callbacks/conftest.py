@@ -50,7 +50,7 @@ class Rows(ChatDataModule):
 
 
 class Tiny(LightningModule):
-    """One weight, which each step pulls towards a row's number; with all that the callbacks ask of QLoRAModule."""
+    """One weight, which each step moves towards a row's number; with all that the callbacks ask of QLoRAModule."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Saves fall on the edge of a step and are whole; the best adapter is kept; whatever is resumed ends the same."""
+"""Saves fall between steps and are whole; the best adapter is kept; a resumed run ends like an uninterrupted one."""
 
 import json
 import shutil
@@ -22,23 +22,23 @@ class Saves(StepCallback):
     """What happened in which order: micro-batches, validations and saves."""
 
     def __init__(self):
-        self.told = []
+        self.events = []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.told.append("batch")
+        self.events.append("batch")
 
     def on_validation_start(self, trainer, pl_module):
-        self.told.append("validation")
+        self.events.append("validation")
 
     def on_save_checkpoint(self, trainer, pl_module, checkpoint):
-        self.told.append(f"save {trainer.global_step}")
+        self.events.append(f"save {trainer.global_step}")
 
 
-def told(full_run, tiny, rows, folder, num_rows, **options):
+def watched_fit(full_run, tiny, rows, folder, num_rows, **options):
     saves = Saves()
     parts = full_run(folder, first=[saves], **options)
     parts.trainer.fit(tiny(), datamodule=rows(num_rows))
-    return " ".join(saves.told).replace("validation", "v").replace("batch", "b"), parts
+    return " ".join(saves.events).replace("validation", "v").replace("batch", "b"), parts
 
 
 @pytest.mark.parametrize(
@@ -53,8 +53,8 @@ def told(full_run, tiny, rows, folder, num_rows, **options):
         ({"save_every_steps": 100, "max_steps": 3, "val_check_interval": 100}, "v b b b v save 3"),
     ],
 )
-def test_saves_fall_on_edges_and_behind_the_validation(full_run, tiny, rows, tmp_path, options, expected):
-    order, parts = told(full_run, tiny, rows, tmp_path / "run", 7, **{"save_every_steps": 2, **options})
+def test_saves_fall_between_steps_and_after_the_validation(full_run, tiny, rows, tmp_path, options, expected):
+    order, parts = watched_fit(full_run, tiny, rows, tmp_path / "run", 7, **{"save_every_steps": 2, **options})
     assert order == expected
     assert parts.run.saved_steps() == [int(step) for step in order.split() if step.isdigit()]
     for step in parts.run.saved_steps():
@@ -63,7 +63,7 @@ def test_saves_fall_on_edges_and_behind_the_validation(full_run, tiny, rows, tmp
 
 def test_the_newest_are_kept(full_run, tiny, rows, tmp_path):
     for keep in (2, 3):
-        _, parts = told(full_run, tiny, rows, tmp_path / str(keep), 12, save_every_steps=2, keep=keep)
+        _, parts = watched_fit(full_run, tiny, rows, tmp_path / str(keep), 12, save_every_steps=2, keep=keep)
         assert parts.run.saved_steps() == [8, 10, 12][-keep:]
         assert {path.name for path in parts.run.checkpoints.iterdir()} == {
             f"step-{step:08d}" for step in parts.run.saved_steps()
@@ -135,12 +135,12 @@ def test_a_loss_that_is_not_finite_is_never_the_best(full_run, tiny, rows, tmp_p
 
 
 def test_without_validation_the_last_adapter_is_kept(full_run, tiny, rows, tmp_path):
-    _, parts = told(full_run, tiny, rows, tmp_path / "run", 4, limit_val_batches=0)
+    _, parts = watched_fit(full_run, tiny, rows, tmp_path / "run", 4, limit_val_batches=0)
     assert read_result(parts.run.adapter) == {"step": 4}
 
 
 def test_an_adapter_that_was_never_scored_is_replaced_by_one_that_is(full_run, tiny, rows, tmp_path):
-    told(full_run, tiny, rows, tmp_path / "run", 4, limit_val_batches=0)
+    watched_fit(full_run, tiny, rows, tmp_path / "run", 4, limit_val_batches=0)
     parts = full_run(tmp_path / "run", max_epochs=2)
     parts.trainer.fit(tiny(), datamodule=rows(4), ckpt_path=parts.run.checkpoint(4))
     assert read_result(parts.run.adapter)["step"] == 8
@@ -148,7 +148,7 @@ def test_an_adapter_that_was_never_scored_is_replaced_by_one_that_is(full_run, t
 
 def test_a_stop_in_mid_window_saves_no_half_window(full_run, tiny, rows, tmp_path):
     stop = EarlyStopping("val/loss", patience=1, mode="max")
-    order, parts = told(
+    order, parts = watched_fit(
         full_run, tiny, rows, tmp_path / "run", 12, early=[stop], accumulate_grad_batches=2, val_check_interval=3
     )
     assert stop.stopped_epoch == 0
@@ -159,7 +159,7 @@ def test_a_stop_in_mid_window_saves_no_half_window(full_run, tiny, rows, tmp_pat
 
 def test_a_stop_on_an_edge_saves(full_run, tiny, rows, tmp_path):
     stop = EarlyStopping("val/loss", patience=1, mode="max")
-    order, parts = told(full_run, tiny, rows, tmp_path / "run", 12, early=[stop], val_check_interval=2)
+    order, parts = watched_fit(full_run, tiny, rows, tmp_path / "run", 12, early=[stop], val_check_interval=2)
     assert order == "v b b v save 2"
     assert parts.run.saved_steps() == [2]
 
@@ -177,7 +177,7 @@ def test_a_run_that_stopped_early_stays_stopped_unless_it_is_given_more_patience
 
     run, _ = fit(1)
     assert run.saved_steps() == [2]
-    run, module = fit(patience, run.checkpoint(2))  # killed behind its last save, and started again
+    run, module = fit(patience, run.checkpoint(2))  # killed after its last save, and started again
     assert run.saved_steps() == steps
     assert bool(module.seen) == (patience > 1)
 
@@ -197,7 +197,7 @@ def test_two_validations_of_one_step_count_once_for_early_stopping(full_run, tin
 
 
 def test_a_damaged_checkpoint_is_written_anew_when_its_step_comes_again(full_run, tiny, rows, tmp_path):
-    told(full_run, tiny, rows, tmp_path / "run", 4, save_every_steps=2)
+    watched_fit(full_run, tiny, rows, tmp_path / "run", 4, save_every_steps=2)
     run = RunFolder(tmp_path / "run")
     whole = load_state(run.checkpoint(4))["state_dict"]["weight"]
     (run.checkpoint(4) / "state.json").write_text("{}", encoding="utf-8")
@@ -210,7 +210,7 @@ def test_a_damaged_checkpoint_is_written_anew_when_its_step_comes_again(full_run
 
 
 def test_damaged_ones_with_higher_numbers_take_no_place(full_run, tiny, rows, tmp_path):
-    told(full_run, tiny, rows, tmp_path / "run", 10, save_every_steps=2, keep=3)
+    watched_fit(full_run, tiny, rows, tmp_path / "run", 10, save_every_steps=2, keep=3)
     run = RunFolder(tmp_path / "run")
     for step in (8, 10):
         (run.checkpoint(step) / "state.json").write_text("{}", encoding="utf-8")
@@ -229,7 +229,7 @@ def test_damaged_ones_with_higher_numbers_take_no_place(full_run, tiny, rows, tm
 
 
 def test_a_sealed_folder_of_something_else_is_written_anew(full_run, tiny, rows, tmp_path):
-    told(full_run, tiny, rows, tmp_path / "run", 4, save_every_steps=2)
+    watched_fit(full_run, tiny, rows, tmp_path / "run", 4, save_every_steps=2)
     run = RunFolder(tmp_path / "run")
     write_folder(run.checkpoint(4), lambda folder: (folder / "state.json").write_text("{}"), replace=True)
     parts = full_run(run.path, save_every_steps=2)
@@ -238,7 +238,7 @@ def test_a_sealed_folder_of_something_else_is_written_anew(full_run, tiny, rows,
 
 
 def test_a_whole_checkpoint_is_left_as_it_is(full_run, tiny, rows, tmp_path):
-    told(full_run, tiny, rows, tmp_path / "run", 4, save_every_steps=2)
+    watched_fit(full_run, tiny, rows, tmp_path / "run", 4, save_every_steps=2)
     run = RunFolder(tmp_path / "run")
     before = (run.checkpoint(4) / "manifest.json").stat().st_mtime_ns
     parts = full_run(run.path, save_every_steps=2)
@@ -277,7 +277,7 @@ def test_a_resume_from_every_step_ends_the_same(full_run, tiny, rows, tmp_path, 
 
 @pytest.mark.parametrize("val_check_interval", [1.0, 5])
 def test_a_resume_with_another_validation_interval_learns_the_same(full_run, tiny, rows, tmp_path, val_check_interval):
-    """Also from the end of an epoch, saved behind the validation there."""
+    """Also from the end of an epoch, saved after its validation."""
     options = {"save_every_steps": 1, "max_epochs": 2, "accumulate_grad_batches": 2}
     whole, module = full_run(tmp_path / "whole", **options, val_check_interval=val_check_interval), tiny()
     whole.trainer.fit(module, datamodule=rows(5))
@@ -312,7 +312,7 @@ def test_skipped_and_refused_updates_are_gone_through_alike(full_run, tiny, rows
 
 
 def test_a_resume_of_a_finished_run_trains_nothing(full_run, tiny, rows, tmp_path):
-    _, parts = told(full_run, tiny, rows, tmp_path / "run", 4)
+    _, parts = watched_fit(full_run, tiny, rows, tmp_path / "run", 4)
     before = {path: path.read_bytes() for path in parts.run.path.rglob("*") if path.is_file()}
     again, module = full_run(parts.run.path), tiny()
     again.trainer.fit(module, datamodule=rows(4), ckpt_path=parts.run.checkpoint(4))

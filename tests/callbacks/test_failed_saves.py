@@ -1,4 +1,4 @@
-"""A save that fails is told, training goes on, and what was saved before is not touched."""
+"""A save that fails is reported, training continues, and earlier saves are not touched."""
 
 import errno
 import json
@@ -100,7 +100,7 @@ def test_the_best_adapter_that_failed_is_saved_with_the_next(full_run, tiny, row
 
 
 def test_the_best_adapter_that_failed_goes_through_a_checkpoint(full_run, tiny, rows, tmp_path, failing):
-    """Killed before it could be saved, the run saves it when it goes on."""
+    """Killed before it could save the best adapter, the run saves it when it resumes."""
     weights = {}
 
     class Losses(tiny):
@@ -170,7 +170,7 @@ def test_time_between_saves_is_bounded_and_changes_no_number(full_run, tiny, row
         return parts.run.saved_steps(), module.weight.tolist()
 
     steps, weight = fit(tmp_path / "slow", 5.0)
-    assert steps == [3, 6, 7]  # six minutes are the first edge behind five
+    assert steps == [3, 6, 7]  # step 6 is the first to end after five minutes
     assert fit(tmp_path / "none", None) == ([7], weight)
 
 

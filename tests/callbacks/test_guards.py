@@ -184,7 +184,7 @@ def test_skips_on_and_on_end_the_run(trainer, tiny, rows):
     assert module.weight.eq(0).all()
 
 
-def test_skips_with_an_update_in_between_go_on(trainer, tiny, rows):
+def test_training_continues_if_an_update_falls_between_skips(trainer, tiny, rows):
     data = rows(30)
     in_order = order(data, trainer, tiny)
     module = overflows(tiny())

@@ -1,4 +1,4 @@
-"""Peaks are told by phase: loading, training, validation."""
+"""Peaks are reported by phase: loading, training, validation."""
 
 import sys
 import threading
@@ -15,7 +15,7 @@ from lit_qlora.storage.run import RunFolder
 GIB = 1024**3
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows does not tell a process's peak this way")
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows does not report a process's peak this way")
 def test_the_hosts_peak_is_recorded_with_each_validation(trainer, tiny, rows, tmp_path):
     path = tmp_path / "metrics.jsonl"
     trainer(PeakMemory(), HeldOutMetrics(), logger=Record(RunFolder(tmp_path)), val_check_interval=2).fit(
@@ -80,7 +80,9 @@ def test_the_cards_peaks_stand_under_their_phases(cuda, trainer, tiny, rows, tmp
     assert third["memory/validation_reserved_gib"] == 5.0
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells mapped files from other memory")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="only Linux counts mapped files apart from other memory"
+)
 def test_a_mapped_file_is_no_memory_of_the_host_and_a_short_peak_is_seen(tmp_path):
     import mmap
     import time

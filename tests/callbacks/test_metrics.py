@@ -44,7 +44,7 @@ def test_the_loss_is_the_sum_over_the_interval_by_its_answers():
     trainer, lines = stand_in()
     metrics = TrainMetrics()
     metrics.on_before_optimizer_step(trainer, None, trainer.optimizers[0])
-    trainer.optimizers[0].param_groups[0]["lr"] = 0.25  # the schedule moves on behind the step
+    trainer.optimizers[0].param_groups[0]["lr"] = 0.25  # the schedule changes it after the step
     step(metrics, trainer, sums(2.0, 1, 1), sums(30.0, 2, 9))
     assert lines == []
     step(metrics, trainer, sums(8.0, 5, 10))

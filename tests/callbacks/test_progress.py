@@ -29,7 +29,7 @@ def run(folder: Path, *options: str, interrupt: bytes | None = None) -> tuple[in
             if interrupt and re.search(interrupt, text):
                 fit.send_signal(signal.SIGINT)
                 interrupt = None
-    except OSError:  # how a terminal tells that nobody has it open any more
+    except OSError:  # what reading a terminal raises once nobody has it open
         pass
     os.close(ours)
     return fit.wait(), text.decode().replace("\r\n", "\n")
@@ -51,7 +51,7 @@ def test_a_ctrl_c_leaves_no_bar_and_fits_beside_it(tmp_path):
 def test_validations_take_the_bars_own_line(tmp_path):
     status, shown = run(tmp_path, "--trainer.limit_val_batches", "2")
     assert status == 0
-    assert "\x1b" not in shown  # a way up, for one: a notebook would leave each state of the bar behind
+    assert "\x1b" not in shown  # no cursor movement: a notebook would keep a line for each state of the bar
     left = [line.split("\r")[-1] for line in shown.split("\n")]  # each draws over all of the line before
     steps = [line.split()[1] for line in left if "held-out loss" in line and line.startswith("step ")]
     assert steps == ["0", "2", "4"]
@@ -59,13 +59,13 @@ def test_validations_take_the_bars_own_line(tmp_path):
 
 
 def test_the_time_left_does_not_jump_at_a_validation():
-    """A step of 2 s, a validation of 60 s each 10 steps: what is told goes down by just what has passed."""
+    """Steps of 2 s, a validation of 60 s every 10 steps: the time shown falls by exactly what has passed."""
     left = TimeLeft(35, 5, 100.0)
-    told = {step: left.at(step, 100.0 + 2.0 * (step - 5), 10, 60.0) for step in range(6, 36)}
-    assert told[6] == 29 * 2 + 4 * 60
-    assert (told[9] - told[10], told[19] - told[20]) == (62, 62)  # a step, and the validation behind it
-    assert [told[step] - told[step + 1] for step in (10, 15, 21)] == [2, 2, 2]
-    assert told[35] == 0
+    shown = {step: left.at(step, 100.0 + 2.0 * (step - 5), 10, 60.0) for step in range(6, 36)}
+    assert shown[6] == 29 * 2 + 4 * 60
+    assert (shown[9] - shown[10], shown[19] - shown[20]) == (62, 62)  # a step, and the validation after it
+    assert [shown[step] - shown[step + 1] for step in (10, 15, 21)] == [2, 2, 2]
+    assert shown[35] == 0
 
 
 def test_the_time_left_without_validations():

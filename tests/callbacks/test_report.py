@@ -1,4 +1,4 @@
-"""What the terminal is told of a run that goes on, and at its end."""
+"""What the terminal shows of a resumed run, and at the end of a run."""
 
 import json
 import math
@@ -15,7 +15,7 @@ BUT = "; state and order are exact, a GPU's last bits only with --trainer.determ
 
 
 @pytest.mark.parametrize(
-    ("resumed_from", "on_gpu", "deterministic", "told"),
+    ("resumed_from", "on_gpu", "deterministic", "expected"),
     [
         (None, True, False, ""),
         ("step-4", False, False, ", resuming from step-4"),
@@ -23,9 +23,9 @@ BUT = "; state and order are exact, a GPU's last bits only with --trainer.determ
         ("step-4", True, True, ", resuming from step-4"),
     ],
 )
-def test_how_exact_a_resume_is_is_said(monkeypatch, resumed_from, on_gpu, deterministic, told):
+def test_how_exact_a_resume_is_is_said(monkeypatch, resumed_from, on_gpu, deterministic, expected):
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
-    assert report._resumed_in_words(resumed_from, on_gpu) == told
+    assert report._resumed_in_words(resumed_from, on_gpu) == expected
 
 
 @pytest.mark.parametrize(
@@ -48,8 +48,8 @@ def test_an_adapter_that_is_no_better_than_the_base_is_called_so(tmp_path, capsy
     line = capsys.readouterr().out
     assert "best" in line.split()
     assert max(map(len, line.splitlines())) <= 80
-    for told in (line, "\n".join(shown._closing())):
-        assert ("no better than before training" in told) != gains
+    for printed in (line, "\n".join(shown._closing())):
+        assert ("no better than before training" in printed) != gains
 
 
 def test_the_table_at_the_end_counts_answers_that_were_cut_apart(tmp_path):

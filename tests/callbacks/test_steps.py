@@ -1,4 +1,4 @@
-"""The moment after an optimizer step comes once a step."""
+"""`on_step_end` is called once per optimizer step."""
 
 import math
 from pathlib import Path
@@ -29,31 +29,31 @@ def test_it_is_called_once_after_each_step(trainer, tiny, rows, accumulate):
 
 
 def test_it_comes_before_the_validation_that_follows(trainer, tiny, rows):
-    told = []
+    events = []
 
-    class Tells(Steps):
+    class Recorder(Steps):
         def on_step_end(self, trainer, module):
-            told.append(trainer.global_step)
+            events.append(trainer.global_step)
 
         def on_validation_start(self, trainer, pl_module):
-            told.append("validation")
+            events.append("validation")
 
-    trainer(Tells(), val_check_interval=2, limit_train_batches=4).fit(tiny(), datamodule=rows(4))
-    assert told == [1, 2, "validation", 3, 4, "validation"]
+    trainer(Recorder(), val_check_interval=2, limit_train_batches=4).fit(tiny(), datamodule=rows(4))
+    assert events == [1, 2, "validation", 3, 4, "validation"]
 
 
-def test_the_parts_act_in_their_written_order_behind_all_that_a_micro_batch_adds(trainer, tiny, rows):
-    told = []
+def test_the_parts_act_in_their_written_order_after_all_that_a_micro_batch_adds(trainer, tiny, rows):
+    events = []
 
     class Part(StepCallback):
         def __init__(self, name):
             self.name = name
 
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            told.append(f"batch {self.name}")
+            events.append(f"batch {self.name}")
 
         def on_step_end(self, trainer, module):
-            told.append(f"step {self.name}")
+            events.append(f"step {self.name}")
 
     class Parts(Callback):  # no StepCallbacks to the fixture, which has an edge of its own
         def __init__(self, parts):
@@ -65,7 +65,7 @@ def test_the_parts_act_in_their_written_order_behind_all_that_a_micro_batch_adds
 
     one, two = Part("one"), Part("two")
     trainer(Parts([one, two]), StepEdge([two, one]), accumulate_grad_batches=2).fit(tiny(), datamodule=rows(2))
-    assert told == ["batch one", "batch two", "batch one", "batch two", "step two", "step one"]
+    assert events == ["batch one", "batch two", "batch one", "batch two", "step two", "step one"]
 
 
 def test_a_resumed_run_does_not_see_the_step_that_it_stands_at_again(full_run, tiny, rows, tmp_path):

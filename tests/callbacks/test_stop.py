@@ -1,4 +1,4 @@
-"""A signal ends the run on the edge of a step, saved; a second one at once; the handlers are given back."""
+"""A signal ends the run after the current step, with a checkpoint; a second one at once; the handlers are restored."""
 
 import os
 import signal
@@ -60,7 +60,7 @@ def test_the_step_under_way_is_finished_and_saved(full_run, tiny, rows, tmp_path
     )
 
 
-def test_the_stopped_run_goes_on_to_the_same_end(full_run, tiny, rows, tmp_path):
+def test_the_stopped_run_resumes_to_the_same_end(full_run, tiny, rows, tmp_path):
     options = {"save_every_steps": 100, "accumulate_grad_batches": 2, "val_check_interval": 5}
     whole, module = full_run(tmp_path / "whole", **options), tiny()
     whole.trainer.fit(module, datamodule=rows(12))
@@ -79,7 +79,7 @@ def _lines(parts):
     return [*read_lines(parts.run.metrics)]
 
 
-def test_where_a_validation_follows_it_is_finished_and_the_save_behind_it_is_the_last(full_run, tiny, rows, tmp_path):
+def test_where_a_validation_follows_it_is_finished_and_the_save_after_it_is_the_last(full_run, tiny, rows, tmp_path):
     module = signalled(tiny, 3, signal.SIGINT)
     parts = full_run(tmp_path / "run", save_every_steps=100, val_check_interval=4)
     with pytest.raises(SystemExit) as stop:
@@ -90,7 +90,7 @@ def test_where_a_validation_follows_it_is_finished_and_the_save_behind_it_is_the
 
 
 @pytest.mark.parametrize(("accumulate", "saved"), [(1, 4), (3, 2)])
-def test_a_signal_in_a_validation_saves_behind_it_or_at_the_next_edge(
+def test_a_signal_in_a_validation_saves_after_it_or_after_the_next_step(
     full_run, tiny, rows, tmp_path, accumulate, saved
 ):
     class Signalled(tiny):
@@ -190,7 +190,7 @@ def test_where_the_save_fails_the_stop_says_so(full_run, tiny, rows, tmp_path, c
 
 
 class Clock:
-    """Goes on by a second with each micro-batch, ten with each validation."""
+    """Advances by a second with each micro-batch, by ten with each validation."""
 
     now = 0.0
 
@@ -279,15 +279,15 @@ def test_what_is_no_time_limit(text, expect_error):
 def test_ctrl_c_is_pythons_own_again_once_training_is_over(full_run, tiny, rows, tmp_path):
     found = []
 
-    class Tells(tiny):
+    class Recorder(tiny):
         def on_train_end(self):  # after that of the callbacks, before Lightning restores anything
             found.append(signal.getsignal(signal.SIGINT))
 
-    full_run(tmp_path / "run").trainer.fit(Tells(), datamodule=rows(3))
+    full_run(tmp_path / "run").trainer.fit(Recorder(), datamodule=rows(3))
     assert found == [signal.default_int_handler]
 
 
-def test_the_handlers_are_given_back_at_the_end_and_after_an_error(full_run, tiny, rows, tmp_path):
+def test_the_handlers_are_restored_at_the_end_and_after_an_error(full_run, tiny, rows, tmp_path):
     before = [signal.getsignal(one) for one in SIGNALS]
     full_run(tmp_path / "good").trainer.fit(tiny(), datamodule=rows(3))
     assert [signal.getsignal(one) for one in SIGNALS] == before

@@ -131,7 +131,7 @@ def sentencepiece_like(specials: tuple[str, ...], prefix: bool = True) -> str:
 
 
 def begun(rules: str) -> str:
-    """The rules with a BOS before each text: the first of the special tokens, or the second behind an unknown one."""
+    """The rules with a BOS before each text: the first of the special tokens, or the second after an unknown one."""
     from tokenizers import Tokenizer, processors
 
     tokenizer = Tokenizer.from_str(rules)

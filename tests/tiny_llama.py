@@ -157,7 +157,7 @@ def held_bytes():
 
 
 def memory_events(run):
-    """What a function gives, and what torch's allocator did meanwhile, in order; what others left behind stays."""
+    """What a function returns, and the events of torch's allocator meanwhile, in order; no garbage is collected."""
     import torch
 
     activities = [torch.profiler.ProfilerActivity.CPU]

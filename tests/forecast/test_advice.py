@@ -148,7 +148,7 @@ def test_a_smaller_batch_may_take_more():
         (BatchPlan(tokens=1024), 5, "--data.max_length 512"),
     ],
 )
-def test_once_there_is_no_room_a_step_stays_as_large(plan, rows, expected):
+def test_once_there_is_no_room_the_step_keeps_its_size(plan, rows, expected):
     assert advice.once_out_of_room(plan, 1024, 3, rows) == expected
 
 
@@ -241,7 +241,7 @@ def test_kernels_are_left_unrecorded_where_that_is_quicker():
     assert after.hours < before.hours
 
 
-def test_a_card_that_waits_for_its_host_goes_on_with_recorded_kernels():
+def test_a_card_that_waits_for_its_host_keeps_recorded_kernels():
     many = guanaco_lengths(400) * 20
     before = seven(card="h100", gib=12, plan=BatchPlan(rows=1), cuda_graphs=True, lengths=many, max_length=256)
     words, after = quickest(before) or ("", before)

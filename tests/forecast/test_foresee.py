@@ -146,8 +146,8 @@ def test_two_cards_take_half_of_the_time_but_for_waiting():
     assert "they exchange 160 MB of gradients per step" in line
 
 
-class Planned(NamedTuple):
-    """A plan of these batches."""
+class FixedPlan(NamedTuple):
+    """A plan that has these batches in each epoch."""
 
     batches: tuple[tuple[int, ...], ...]
     packed: bool = False
@@ -157,12 +157,12 @@ class Planned(NamedTuple):
 
 
 def test_an_epoch_by_hand():
-    epoch, *found = foresee.batches_of((10, 20, 30, 40), Planned(((0, 1), (2, 3))), 99, 0, 1.0)
+    epoch, *found = foresee.batches_of((10, 20, 30, 40), FixedPlan(((0, 1), (2, 3))), 99, 0, 1.0)
     assert (epoch.tokens, epoch.padded_tokens, epoch.num_micro_batches) == (100, 40 + 80, 2)
     assert epoch.row_tokens == (100 + 400 + 900 + 1600) / 100
     assert found == [4, [40, 80], 80, {(2, 32): 1, (2, 64): 1}]
     # Short rows in great number are padded more by a recording than the few long ones.
-    plan = Planned(((0,), (*range(1, 12),)))
+    plan = FixedPlan(((0,), (*range(1, 12),)))
     batches = foresee.batches_of((100, *[9] * 11), plan, 100, 0, 1.0)
     assert (batches.largest, batches.largest_recorded, batches.num_recordings) == (100, 11 * 16, 2)
 
@@ -336,7 +336,7 @@ def test_kept_weights_are_counted_and_named_and_save_time():
 
 
 def test_a_shared_base_comes_once_for_micro_batches_that_go_together():
-    """Each card's of a step, where they have the room; the bus decides their time, and no weight stays dequantised."""
+    """A card takes its micro-batches of a step at once; the bus decides the time, and no weight stays dequantised."""
     slow = {"num_devices": 2, "shard": True, "bus_gb_per_s": 1.0}
     made = forecast(tokens=256, checkpointing="auto", accumulate=8, **slow)
     assert (made.step.together, made.step.sharers, made.step.dequantised_layers) == (4, 2, 0)

@@ -88,7 +88,7 @@ def forward(model, step, layers=None):
     ({"like": "qwen2"}, attend),
 ])  # fmt: skip
 def test_what_a_layer_keeps(step_of, held_bytes, monkeypatch, sizes, dtype, way):
-    """What stays allocated behind a forward, by one layer more that keeps; of shared heads no copy, as on a T4."""
+    """What one more layer with kept activations leaves allocated; no copy of shared heads, as on a T4."""
     monkeypatch.setattr(decoder, "attend", way)
     held = []
     for kept_layers in (1, 2):

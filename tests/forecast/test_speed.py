@@ -18,7 +18,7 @@ def tokens_per_second(step=STEP, card=DEFAULT, epoch=EPOCH):
 
 
 def test_a_t4_by_hand():
-    # 37.9 GFLOP at 24 TFLOP/s, 57.3 MB at 250 GB/s a token, and 32.6 GB and 32 x 0.7 ms a micro-batch of 2,048
+    # 37.9 GFLOP at 24 TFLOP/s, 57.3 MB at 250 GB/s per token, and 32.6 GB and 32 x 0.7 ms per micro-batch of 2,048
     each = (32.6e9 / 250e9 + 0.0224) / 2048
     assert tokens_per_second() == pytest.approx(1 / (37.87e9 / 24e12 + 57.3e6 / 250e9 + each), rel=0.002)
     kept = replace(STEP, kept_layers=32)  # 27.5 GFLOP, 41.0 MB

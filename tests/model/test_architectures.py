@@ -132,8 +132,8 @@ def test_a_weight_of_the_architecture_that_is_missing_is_named(tmp_path, base_li
 
 def saved_config(folder, **changes):
     file = folder / "config.json"
-    told = json.loads(file.read_text(encoding="utf-8")) | changes
-    file.write_text(json.dumps({key: value for key, value in told.items() if value != "gone"}), encoding="utf-8")
+    settings = json.loads(file.read_text(encoding="utf-8")) | changes
+    file.write_text(json.dumps({key: value for key, value in settings.items() if value != "gone"}), encoding="utf-8")
     return find_base(str(folder), weights=False)
 
 
@@ -204,8 +204,8 @@ def test_what_lacks_in_a_config_is_as_transformers_has_it(tmp_path):
         file.write_text(json.dumps(sizes | {"model_type": model_type}), encoding="utf-8")
         expected = getattr(transformers, f"{architecture.prefix}Config")(**sizes)
         found = for_transformers(read_config("base", file))
-        told = {"architectures": [architecture.class_name]}
-        assert {key: found.to_dict().get(key) for key in expected.to_dict()} == expected.to_dict() | told
+        named = {"architectures": [architecture.class_name]}
+        assert {key: found.to_dict().get(key) for key in expected.to_dict()} == expected.to_dict() | named
 
 
 @pytest.mark.parametrize(

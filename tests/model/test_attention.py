@@ -153,7 +153,7 @@ def test_on_a_cpu_transformers_layers_are_its_own_to_the_last_bit(load, tmp_path
 @pytest.mark.parametrize(("groups", "width", "tokens"), SIZES)
 @pytest.mark.parametrize("masked", [False, True])
 def test_transformers_attention_on_a_gpu_without_flash(calls, groups, width, tokens, masked):
-    """As they come there: training, the first pass over a prompt, and one token behind a cache."""
+    """As they come there: training, the first pass over a prompt, and one token after a cache."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     query, key, value = (part.detach() for part in heads_of(groups, width, 37))
@@ -301,7 +301,7 @@ def test_on_a_gpu_training_and_validation_never_fall_back(wide_model, groups, wi
 @pytest.mark.gpu
 @pytest.mark.parametrize(("groups", "width"), [(3, 64), (8, 128), (1, 64), (16, 100)])
 def test_on_a_gpu_answers_never_fall_back(wide_model, groups, width):
-    """A padded batch and a single prompt: the first pass, and one token at a time behind it."""
+    """A padded batch and a single prompt: the first pass, and one token at a time after it."""
     model, _ = wide_model(groups, width)
     model.eval()
     prompts = [torch.randint(3, 512, (count,)).tolist() for count in (37, 5, 1)]

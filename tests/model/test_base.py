@@ -412,7 +412,7 @@ def test_a_base_that_is_not_cached_is_two_bytes_a_weight(monkeypatch, config_fil
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "expected"),
     [
         ({"num_hidden_layers": 3}, "model.layers.2.self_attn.q_proj.weight is missing, expected [64, 64]"),
         ({"intermediate_size": 96}, "model.layers.0.mlp.gate_proj.weight is [172, 64], expected [96, 64]"),
@@ -423,13 +423,13 @@ def test_a_base_that_is_not_cached_is_two_bytes_a_weight(monkeypatch, config_fil
         ),
     ],
 )
-def test_weights_that_are_not_those_of_the_config(tiny_folder, tmp_path, changes, told, expect_error):
+def test_weights_that_are_not_those_of_the_config(tiny_folder, tmp_path, changes, expected, expect_error):
     folder = shutil.copytree(tiny_folder, tmp_path / "base")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps(config | changes), encoding="utf-8")
     base = find_base(str(folder))
-    told = told.replace("%d", str(config["vocab_size"]))
-    expect_error(lambda: check_weights(base), folder, "config.json", told, option="model.base")
+    expected = expected.replace("%d", str(config["vocab_size"]))
+    expect_error(lambda: check_weights(base), folder, "config.json", expected, option="model.base")
     check_weights(find_base(str(tiny_folder)))
 
 

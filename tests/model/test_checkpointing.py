@@ -33,7 +33,7 @@ def test_dropout_is_really_on_in_the_test_above(make_model, gradients):
     assert not any(torch.equal(with_dropout[name], without[name]) for name in without)
 
 
-def test_every_layer_is_checkpointed_once_a_step(make_model, gradients, calls):
+def test_every_layer_is_checkpointed_once_per_step(make_model, gradients, calls):
     model = make_model(checkpointing="full")
     gradients(model)
     assert len(calls) == 2

@@ -71,12 +71,12 @@ def test_what_may_lack_is_right_where_it_is_there(tmp_path, key):
         if any(value is fine or value == fine for fine in harmless.get(key, []) if type(value) is type(fine)):
             read(tmp_path, CONFIG | {key: value})
         else:
-            told = refusal(tmp_path, CONFIG | {key: value})
-            assert key in told
+            message = refusal(tmp_path, CONFIG | {key: value})
+            assert key in message
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "expected"),
     [
         ({"num_attention_heads": 5}, "num_attention_heads: expected a divisor of hidden_size (64), got 5"),
         ({"num_key_value_heads": 3}, "num_key_value_heads: expected a divisor of num_attention_heads (4), got 3"),
@@ -141,8 +141,8 @@ def test_what_may_lack_is_right_where_it_is_there(tmp_path, key):
         ),
     ],
 )
-def test_what_does_not_go_together_is_named(tmp_path, changes, told):
-    assert told in refusal(tmp_path, CONFIG | changes)
+def test_what_does_not_go_together_is_named(tmp_path, changes, expected):
+    assert expected in refusal(tmp_path, CONFIG | changes)
 
 
 @pytest.mark.parametrize(

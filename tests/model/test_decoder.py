@@ -117,7 +117,7 @@ def test_the_last_layers_keep_and_the_others_keep_their_input_only(make_model):
     assert first.kept == [None]
     assert [tuple(tensor.shape) for tensor in first.saved_tensors[:1]] == [(B, T, 64)]
     assert {id(tensor) for tensor in first.saved_tensors[1:]} == {id(value) for value in extract_layers(model)[0].lora}
-    # 12h + 4I in 16 bits is 6h + 2I values a token; here keys and values have half of the heads.
+    # 12h + 4I in 16 bits is 6h + 2I values per token; here keys and values have half of the heads.
     (kept,) = last.kept
     values = sum(tensor.numel() for tensor in (*kept.heads, kept.attended, *kept.feed_forward))
     assert values == B * T * (64 + 32 + 32 + 64 + 64 + 2 * 172)

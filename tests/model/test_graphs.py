@@ -253,7 +253,7 @@ def test_what_cannot_be_recorded_is_refused(tmp_path, capsys, options, message):
     ("dtype", "pointwise"), [(torch.float16, EAGER), (torch.bfloat16, EAGER), (torch.float16, None)]
 )
 def test_on_a_gpu_recorded_kernels_give_the_same(wide_folder, dtype, pointwise, others):
-    torch.compiler.reset()  # behind eight other shapes and dtypes, in earlier tests, nothing is compiled any more
+    torch.compiler.reset()  # after eight other shapes and dtypes, in earlier tests, nothing is compiled any more
     model = load_base(find_base(str(wide_folder)), dtype, torch.device("cuda"), "sdpa")
     config = LoraConfig(r=4, lora_alpha=8, target_modules=list(LINEARS), task_type="CAUSAL_LM", **others)
     model = get_peft_model(model, config).train()

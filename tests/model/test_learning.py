@@ -37,7 +37,7 @@ class Trainer:
     num_training_batches, is_last_batch = 100, False
 
     def __init__(self):
-        self.told = []
+        self.reported = []
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def built(make_model, tiny, monkeypatch):
         module, trainer = QLoRAModule(tiny.location, rank=4, alpha=8.0), Trainer()
         module.model, module.kept_layers = make_model(dropout=dropout).train(), kept_layers
         monkeypatch.setattr(QLoRAModule, "trainer", trainer)
-        monkeypatch.setattr(learning, "note_at_agreement", trainer.told.append)
+        monkeypatch.setattr(learning, "note_at_agreement", trainer.reported.append)
         real = module.summed_loss
 
         def limited(batch):
@@ -108,7 +108,7 @@ def test_halved_equals_whole_and_a_window_under_way_is_kept(built, batch, in_bac
     torch.manual_seed(5)
     halved, halved_gradients = learn(module, batch, batch)
     assert module.parts == 2
-    (line,) = trainer.told
+    (line,) = trainer.reported
     check_line(line, "4 conversations", f"{batch.input_ids.numel()} tokens", "halves", begins="out of memory")
     for (loss, correct, answers), (own_loss, own_correct, own_answers) in zip(whole, halved, strict=True):
         assert own_loss == pytest.approx(loss, rel=1e-6)
@@ -121,7 +121,7 @@ def test_halves_through_the_layers_of_transformers_promise_no_masks(built):
     module, trainer = built(2)
     module.slow_because = "a test"
     learn(module, PADDED, PADDED)
-    assert trainer.told[0].endswith("; up to its dropout, the loss of a step is the same")
+    assert trainer.reported[0].endswith("; up to its dropout, the loss of a step is the same")
 
 
 @pytest.mark.parametrize("in_backward", [False, True])
@@ -137,7 +137,9 @@ def test_layers_that_keep_give_way_first_and_change_no_bit(built, in_backward, o
     torch.manual_seed(5)
     again, again_gradients = learn(module, PADDED, PADDED)
     assert (module.kept_layers, module.parts) == (0, 1)
-    assert [line.partition(": ")[2] for line in trainer.told] == ["every layer recomputes its activations from now on"]
+    assert [line.partition(": ")[2] for line in trainer.reported] == [
+        "every layer recomputes its activations from now on"
+    ]
     assert again == whole
     assert all(torch.equal(gradients[name], again_gradients[name]) for name in gradients)
 
@@ -223,7 +225,7 @@ def test_recordings_give_way_first_and_are_gone_by_then(built, monkeypatch):
 
     monkeypatch.setattr(module, "summed_loss", limited)
     again, again_gradients = learn(module, PADDED, PADDED)
-    assert [line.partition(": ")[2] for line in trainer.told] == ["kernels are no longer recorded"]
+    assert [line.partition(": ")[2] for line in trainer.reported] == ["kernels are no longer recorded"]
     assert seen == [(True, False), (True, True), (False, False)]
     assert (module.kept_layers, module.parts) == (2, 1)
     assert [answers for *_, answers in again] == [answers for *_, answers in whole]
@@ -279,7 +281,7 @@ def test_memory_that_runs_out_for_anothers_recording_ends_the_recordings(built, 
     assert module.training_step(PADDED._replace(is_here=False), 0)["num_answers"] == 0
     assert not module.uses_cuda_graphs
     assert module._graphs is None
-    assert [line.partition(": ")[2] for line in trainer.told] == ["kernels are no longer recorded"]
+    assert [line.partition(": ")[2] for line in trainer.reported] == ["kernels are no longer recorded"]
     found, _ = learn(module, PADDED)
     assert found[0][2] == len(PADDED.targets)
 
@@ -415,7 +417,7 @@ def test_when_memory_runs_out_they_are_learned_one_by_one(in_an_epoch, monkeypat
     module, steps = in_an_epoch(2, 5)
     assert seen == [2, 1, 1]
     assert (module.together, module.kept_layers) == (1, 1)
-    assert [line.partition(": ")[2] for line in module.trainer.told] == [
+    assert [line.partition(": ")[2] for line in module.trainer.reported] == [
         "each micro-batch is learned by itself from now on"
     ]
     assert_same_bits(steps, expected)

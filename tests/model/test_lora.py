@@ -402,7 +402,7 @@ def test_a_broken_record(load, tiny, adapter, text, message):
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "expected"),
     [
         ({"lora_alpha": 16}, "lora_alpha 16, expected 8.0"),
         ({"r": 8}, "r 8, expected 4"),
@@ -411,9 +411,9 @@ def test_a_broken_record(load, tiny, adapter, text, message):
         ({"lora_alpha": None}, "lora_alpha False, expected 8.0"),
     ],
 )
-def test_a_config_that_says_something_else_than_the_record(adapter, changes, told, expect_error):
+def test_a_config_that_says_something_else_than_the_record(adapter, changes, expected, expect_error):
     edit(adapter / "adapter_config.json", **changes)
-    expect_error(lambda: read_record(adapter), "altered", told, place=adapter)
+    expect_error(lambda: read_record(adapter), "altered", expected, place=adapter)
 
 
 @pytest.mark.parametrize("lost", [{"base", "base_fingerprint"}, {"base"}, {"base_fingerprint"}, None])

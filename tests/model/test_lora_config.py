@@ -180,7 +180,7 @@ def assert_same(found, expected):
 @pytest.mark.filterwarnings("ignore:.*fan_in_fan_out:UserWarning")
 @pytest.mark.parametrize("changes", COMPUTED, ids=named)
 def test_loss_and_gradients_are_plain_pefts(made, load, tiny, tmp_path, changes):
-    """And those of what is saved of it, which a training that goes on from there leaves behind."""
+    """Also of the adapter as saved and loaded again."""
     plain, folder = made(changes)
     expected = by_peft(plain)
     model = load_adapter(load(), tiny, folder, trainable=True)
@@ -253,7 +253,7 @@ def test_what_is_not_computed_is_refused_before_anything_is_loaded(folder, chang
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "expected"),
     [
         ({"r": 60_000}, "gives model.layers.0.mlp.down_proj the rank 60000, and its weights have 4"),
         ({"rank_pattern": {"q_proj": 5}}, "gives model.layers.0.self_attn.q_proj the rank 5, and its weights have 4"),
@@ -261,11 +261,11 @@ def test_what_is_not_computed_is_refused_before_anything_is_loaded(folder, chang
         ({"rank_pattern": {"nothing": 60_000}}, "has a rank of 60000, and no layer is as wide"),
     ],
 )
-def test_a_rank_that_no_weights_have_is_refused_before_it_takes_memory(folder, changes, told):
+def test_a_rank_that_no_weights_have_is_refused_before_it_takes_memory(folder, changes, expected):
     edit(folder, **changes)
     with pytest.raises(UserError) as caught:
         read_record(folder)
-    assert told in str(caught.value)
+    assert expected in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["r", "lora_alpha"])
@@ -311,7 +311,7 @@ def test_what_peft_can_not_read_is_one_line(folder, load, tiny, changes):
     assert "\n" not in str(caught.value)
 
 
-def test_to_go_on_the_layers_that_have_lora_are_asked_for(made):
+def test_to_continue_the_layers_that_have_lora_are_asked_for(made):
     """However the file names them: by a pattern, by whole paths, or by what is left out."""
     for changes in ({"target_modules": r".*\.(q|v)_proj"}, {"exclude_modules": r".*(k|o|gate|up|down)_proj"}):
         _, folder = made(changes)

@@ -139,19 +139,19 @@ A_KEY = "model.base_model.model.model.layers.0.mlp.down_proj.lora_A.default.weig
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "expected"),
     [
         (lambda state: state.pop(A_KEY), f"{A_KEY} is missing, expected [4, 172]"),
         (lambda state: state.update({A_KEY: torch.ones(8, 172)}), f"{A_KEY} is [8, 172], expected [4, 172]"),
         (lambda state: state.update({"a.lora_A": torch.ones(1)}), "a.lora_A is [1], expected no such weight"),
     ],
 )
-def test_another_state_is_refused_and_changes_nothing(module, change, told, expect_error):
+def test_another_state_is_refused_and_changes_nothing(module, change, expected, expect_error):
     built = module()
     before = {name: value.clone() for name, value in built.state_dict().items()}
     state = {name: value + 1 for name, value in before.items()}
     change(state)
-    expect_error(lambda: built.load_state_dict(state), told, "another adapter")
+    expect_error(lambda: built.load_state_dict(state), expected, "another adapter")
     assert all(torch.equal(value, before[name]) for name, value in built.state_dict().items())
 
 

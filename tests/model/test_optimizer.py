@@ -118,7 +118,7 @@ def steps(name, device="cpu", num_steps=1, weight_decay=0.5):
 def test_a_first_step_decays_beside_what_the_gradient_asks(name, device):
     plain, decayed = (steps(name, device, weight_decay=decay)[0][0, 0].item() for decay in (0.0, 0.5))
     assert plain < 1
-    # Decay is lr * 0.5; bitsandbytes' CUDA kernels decay behind the step.
+    # Decay is lr * 0.5; bitsandbytes' CUDA kernels decay after the step.
     assert decayed == pytest.approx(plain * (1 - 0.1 * 0.5) if device == "cuda" else plain - 0.1 * 0.5, abs=1e-3)
     if "adamw" in name:  # whose first step is lr * the gradient's sign
         assert plain == pytest.approx(0.9, abs=1e-3)

@@ -34,8 +34,8 @@ def folder(tiny_folder, tmp_path):
 
 
 def config(folder, **changes):
-    told = json.loads((folder / "config.json").read_text(encoding="utf-8")) | changes
-    (folder / "config.json").write_text(json.dumps(told), encoding="utf-8")
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8")) | changes
+    (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
 
 
 def weights(folder, changes):
@@ -217,7 +217,7 @@ def test_a_base_that_is_nowhere_can_not_be_fetched(folder, monkeypatch, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "expected"),
     [
         ({NORM: None}, f"{NORM} is missing, expected [64]"),
         ({NORM: torch.ones(32)}, f"{NORM} is [32], expected [64]"),
@@ -230,11 +230,11 @@ def test_a_base_that_is_nowhere_can_not_be_fetched(folder, monkeypatch, tmp_path
         ({f"{QUERY}.absmax": torch.ones(1)}, "q_proj.weight.absmax is [1], expected no such weight"),
     ],
 )
-def test_a_tensor_that_is_not_of_this_llama_is_named(folder, changes, told):
+def test_a_tensor_that_is_not_of_this_llama_is_named(folder, changes, expected):
     weights(folder, changes)
     message = refused(folder)
     assert message.startswith("the weights are not those of its config.json: ")
-    assert told in message
+    assert expected in message
 
 
 def test_a_buffer_of_old_exports_is_let_pass(folder):

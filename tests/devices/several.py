@@ -83,7 +83,7 @@ OPTIONS = [
 ]
 SHORT = ["--trainer.limit_train_batches", "11", "--trainer.max_epochs", "2", "--trainer.val_check_interval", "10",
          "--save_every_steps", "2"]  # fmt: skip
-"""Two epochs of three steps, the last of three micro-batches; a validation inside of a step."""
+"""Two epochs of three steps, the last of three micro-batches; a validation between the micro-batches of a step."""
 
 
 def fit(run: str, count: int, *options: str, before: Callable[[], Any] = lambda: None) -> list[Any]:

@@ -56,7 +56,7 @@ def test_the_largest_are_dealt_first() -> None:
     assert efficiency([1000, 1000, 1000], 3, 2) == 0.75
 
 
-def test_one_micro_batch_a_device_wastes_more_than_two() -> None:
+def test_one_micro_batch_per_device_wastes_more_than_two() -> None:
     """Lengths as of Guanaco's rows, four rows to a micro-batch."""
     sizes = [4 * (100 + (37 * at * at) % 900) for at in range(400)]
     two, four, eight = (efficiency(sizes, at_once, 2) for at_once in (2, 4, 8))

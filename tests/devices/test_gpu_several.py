@@ -238,7 +238,7 @@ def test_the_figures_of_a_wide_base_are_those_of_one_card(runs: dict[str, Proces
 def test_no_layer_computes_with_the_bytes_of_another(
     gpus: int, wide: Path, tmp_path: Path, count: int, places: list[str]
 ) -> None:
-    """To the last bit, pass behind pass without a wait between them."""
+    """To the last bit, pass after pass without a wait between them."""
     if count > gpus:
         pytest.skip("needs two GPUs")
     processes = Processes(tmp_path / "layers", count, ["layers", str(wide), *places])

@@ -144,7 +144,7 @@ def test_a_job_is_requeued_where_slurm_was_asked_to(
             "",
             False,
         ),  # Requeue=1 is the cluster's own then
-        ("#!/bin/bash\\nsrun true\\n#SBATCH --requeue\\n", "", False),  # behind the first command, sbatch reads none
+        ("#!/bin/bash\\nsrun true\\n#SBATCH --requeue\\n", "", False),  # after the first command, sbatch reads none
         ("#!/bin/bash\\n# no #SBATCH --requeue\\necho --requeue\\n", "", False),
         ("#!/bin/bash\\n# comment\\n\\n#SBATCH --requeue\\n", "", True),
         ("", "", False),
@@ -199,7 +199,7 @@ def test_only_what_the_warning_ended_saved_is_requeued(
 
 
 @pytest.mark.slow
-def test_a_slurm_job_saves_on_its_warning_and_is_requeued_and_goes_on(tmp_path: Path) -> None:
+def test_a_slurm_job_saves_on_its_warning_and_is_requeued_and_resumes(tmp_path: Path) -> None:
     called = stand_in(tmp_path)
     left = {name: value for name, value in LEFT.items() if name != "RANK"}  # alone, it is refused
     environment = os.environ | left | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}

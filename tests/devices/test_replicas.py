@@ -268,7 +268,7 @@ def _count() -> None:
 
 
 @pytest.mark.slow
-def test_nothing_is_exchanged_inside_of_a_step() -> None:
+def test_nothing_is_exchanged_within_a_step() -> None:
     """Gradients once, and a few numbers at its edge, however many micro-batches it has."""
 
     def do(accumulate: str) -> Any:
@@ -382,7 +382,7 @@ def test_other_processes_than_were_asked_for_are_refused() -> None:
 
 
 class _One(Callback):
-    """Does something in one process alone, from its second step on, inside of it or behind a validation or an epoch."""
+    """Acts in one process alone, from its second step on: within a step, or after a validation or an epoch."""
 
     def __init__(self, rank: int, what: str, hook: str) -> None:
         self.rank, self.what, self.hook = rank, what, hook
@@ -426,7 +426,7 @@ def _with(callback: Callback) -> Callable[[], None]:
 def test_a_callback_that_stops_one_process_stops_all(
     rank: int, hook: str, saved: list[int], then: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A step is finished first; a validation inside of a step stops the run there, with one process too."""
+    """The step is finished first; a validation within a step stops the run there, with one process too."""
     run, other, options = f"callback-{hook}-{rank}", f"callback-{hook}", [*SHORT, "--save_every_steps", "9"]
     assert fit(run, 2, *options, before=_with(_One(rank, "stops", hook))) == [0, 0]
     out, err = capfd.readouterr()

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("place")
 def test_shares_learn_what_a_whole_base_does(
     capfd: pytest.CaptureFixture[str], count: int, options: list[str], together: int
 ) -> None:
-    """Dropout, accumulation, a validation inside of a step, two epochs with a short last step; one pass through the
+    """Dropout, accumulation, a validation within a step, two epochs with a short last step; one pass through the
     layers for all of a process's micro-batches of a step, or one for each."""
     run = f"shared-{count}-{together}"
     assert fit(run, count, *SHORT, *options) == [0] * count
@@ -104,8 +104,10 @@ def test_samples_are_answered_with_all_and_no_process_holds_a_whole_base() -> No
         assert found == [layer, layer]
         assert own == num_layers * layer // 2
     assert run_several(1, lambda: main(["fit", "--trainer.accelerator", "cpu", "--run", "whole", *options])) == [0]
-    told = [json.loads(Path("runs", run, "samples.jsonl").read_text().splitlines()[-1]) for run in ("samples", "whole")]
-    assert told[0] == told[1]
+    samples = [
+        json.loads(Path("runs", run, "samples.jsonl").read_text().splitlines()[-1]) for run in ("samples", "whole")
+    ]
+    assert samples[0] == samples[1]
 
 
 @pytest.mark.slow

@@ -160,7 +160,7 @@ def test_a_process_that_is_lost_is_noticed() -> None:
         if world.world().rank == 1:
             raise SystemExit(3)
         highest(1)
-        return "went on"
+        return "continued"
 
     first, other = run_several(2, lose)
     assert other == "SystemExit: 3"
@@ -199,7 +199,7 @@ def test_a_process_that_is_lost_while_the_others_connect_is_noticed() -> None:
 
 @pytest.mark.parametrize("waits", [lambda: highest(1), lambda: gathered("x"), lambda: from_first("x")])
 def test_one_that_waits_for_another_hears_a_signal(waits: Callable[[], Any], tmp_path: Path) -> None:
-    """As behind a download of the first; nothing of torch's waits lets one through."""
+    """As after a download of the first; nothing of torch's waits lets one through."""
     heard = tmp_path / "heard"
 
     def do() -> int:

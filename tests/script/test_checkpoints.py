@@ -179,7 +179,7 @@ CHANGED = [
 def test_a_fit_resumes_with_what_its_checkpoint_decides(
     straight, here, of_module, of_data, of_trainer, option, was, expect_error
 ):
-    """Lightning would restore them from the checkpoint over what was given, or go on at another place in the rows."""
+    """Lightning would restore them from the checkpoint over what was given, or resume at another place in the rows."""
     row = '{"messages": [{"role": "user", "content": "%d"}, {"role": "assistant", "content": "a"}]}'
     (here / "rows.jsonl").write_text("\n".join(row % number for number in range(40)))
     (checkpoint,) = straight[1].glob("*step=1.ckpt")

@@ -102,10 +102,10 @@ def test_a_script_is_shown_what_became_of_its_rows_once(here, caplog):
         made.fit(built, rows)
         made.validate(built, rows, verbose=False)
         made.test(built, rows, verbose=False)
-    told = [record.message for record in caplog.records]
-    assert sum(line == "train: 1 row left out: nothing answered" for line in told) == 1
-    assert sum(line.startswith("train: 6 conversations") for line in told) == 1
-    assert sum(line.startswith("test: these are the held-out rows, by which") for line in told) == 1
+    lines = [record.message for record in caplog.records]
+    assert sum(line == "train: 1 row left out: nothing answered" for line in lines) == 1
+    assert sum(line.startswith("train: 6 conversations") for line in lines) == 1
+    assert sum(line.startswith("test: these are the held-out rows, by which") for line in lines) == 1
 
 
 def test_a_loader_without_an_end_needs_a_number_of_steps():

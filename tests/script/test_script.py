@@ -384,7 +384,7 @@ def test_overfit_batches_are_the_same_in_each_epoch():
     assert rows.seen[:2] == rows.seen[2:]
 
 
-def test_loaders_made_anew_go_on_to_the_next_epoch():
+def test_loaders_made_anew_continue_with_the_next_epoch():
     rows, renewed = Rows(), Rows()
     short = {"limit_train_batches": 2, "max_epochs": 2, "max_steps": -1, "limit_val_batches": 0}
     trainer(**short, callbacks=[rows]).fit(module(), data())

@@ -37,7 +37,7 @@ def step_of(folder):
         (None, None, None, False, None, None),
     ],
 )
-def test_a_best_adapter_from_behind_the_checkpoint_makes_way_for_that_of_the_checkpoint(
+def test_a_best_adapter_from_after_the_checkpoint_makes_way_for_that_of_the_checkpoint(
     run, tmp_path, capsys, best, copy, mirrored, must_stay, stands, aside
 ):
     there = tmp_path / "mirror"

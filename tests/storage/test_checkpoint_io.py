@@ -126,7 +126,7 @@ def test_a_real_fit(tmp_path: Path) -> None:
     assert loaded["MixedPrecision"]["scale"] == 8.0
     assert loaded["ToyData"] == {"epoch": 1, "batches": 2}
     assert set(loaded["optimizer_states"][0]["state"]) == {0, 1}
-    for state in (loaded, save.dumped):  # the clock went on between the two
+    for state in (loaded, save.dumped):  # time passed between the two
         state["callbacks"]["Timer"].clear()
     assert_equal(loaded, save.dumped, "checkpoint")
     assert sorted(file.name for file in path.iterdir()) == [
@@ -202,7 +202,7 @@ def test_urls_and_files_are_refused(
     assert os.listdir() == ["notes"]  # noqa: PTH208 - nothing else was made here
 
 
-# What a manifest can't tell
+# What a manifest can't find
 
 WHOLE = {"epoch": 0, "global_step": 1, "loops": {}, "optimizer_states": [], "state_dict": {"w": torch.arange(4.0)}}
 WHOLE |= {part: {} for part in ("callbacks", "lr_schedulers", "metrics_line", "run")}
@@ -226,7 +226,7 @@ def other_tensors(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fill", "told"),
+    ("fill", "expected"),
     [
         (pickled("state.json"), "'state.json': expected a state of version 1, found "),
         (pickled("state.safetensors"), "'state.safetensors': expected tensors, found Error while deserializing"),
@@ -234,11 +234,11 @@ def other_tensors(folder: Path) -> None:
         (other_tensors, "'state.safetensors': expected the tensors of the state, found others ("),
     ],
 )
-def test_a_sealed_folder_of_something_else_is_no_checkpoint(tmp_path: Path, fill: Any, told: str) -> None:
+def test_a_sealed_folder_of_something_else_is_no_checkpoint(tmp_path: Path, fill: Any, expected: str) -> None:
     write_folder(tmp_path / "c", fill)
     with pytest.raises(DamagedFolderError) as caught:
         check_checkpoint(tmp_path / "c")
-    assert str(caught.value).startswith(f"{tmp_path / 'c'}: {told}")
+    assert str(caught.value).startswith(f"{tmp_path / 'c'}: {expected}")
 
 
 def test_a_checkpoint_with_a_file_of_another_program_is_read(tmp_path: Path) -> None:
@@ -264,12 +264,12 @@ def test_a_record_of_a_run_as_it_was_saved() -> None:
 
 @pytest.mark.parametrize("name", RECORD)
 def test_a_record_of_a_run_that_was_altered(name: str, expect_error: ExpectError) -> None:
-    told = "step-4", f"record of the run, {name}: expected", "remove that folder"
+    words = "step-4", f"record of the run, {name}: expected", "remove that folder"
     less = {other: value for other, value in RECORD.items() if other != name}
-    expect_error(lambda: run_record({"run": less}, "step-4"), *told, "got nothing", option="run")
+    expect_error(lambda: run_record({"run": less}, "step-4"), *words, "got nothing", option="run")
     for value in WRONG[name]:
         expect_error(
-            lambda value=value: run_record({"run": less | {name: value}}, "step-4"), *told, value, option="run"
+            lambda value=value: run_record({"run": less | {name: value}}, "step-4"), *words, value, option="run"
         )
 
 

@@ -13,7 +13,7 @@ import pytest
 
 HERE = Path(__file__).parent / "faults"
 ROOT = Path(__file__).parents[2]
-KILLED, TOLD = 9, 3
+KILLED, REPORTED = 9, 3
 
 
 @pytest.fixture
@@ -50,4 +50,4 @@ def test_a_fault_at_every_call_of_a_save(folder: Path, tmp_path: Path) -> None:
     first = len(calls) - 1 - calls[::-1].index("mkdir")
     last = len(calls) - 1 - calls[::-1].index("rename")
     for kind in ("ENOSPC", "EIO"):
-        assert ends[kind] == [0] * first + [TOLD] * (last - first) + [0] * (len(calls) + 1 - last)
+        assert ends[kind] == [0] * first + [REPORTED] * (last - first) + [0] * (len(calls) + 1 - last)

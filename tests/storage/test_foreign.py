@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "expected"),
     [
         (b"[1]", "config.json: expected a JSON object, got [1]"),
         (b"{", "config.json can't be read: it is no JSON: its end is missing; put another copy of it there"),
@@ -32,13 +32,13 @@ ROOT = Path(__file__).parents[2]
     ids=range(10),
 )
 @pytest.mark.parametrize("place", [None, "model.base: some"])
-def test_what_is_no_object_is_one_line(tmp_path, content, told, place):
+def test_what_is_no_object_is_one_line(tmp_path, content, expected, place):
     file = tmp_path / "config.json"
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(UserError) as caught:
         read_object(file, place)
-    assert str(caught.value).startswith(f"{place}: {told}" if place else f"{tmp_path}/{told}")
+    assert str(caught.value).startswith(f"{place}: {expected}" if place else f"{tmp_path}/{expected}")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 

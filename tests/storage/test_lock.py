@@ -130,7 +130,7 @@ def test_two_runs_do_not_meet(tmp_path: Path, hold: Hold) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS])
-def test_a_file_system_without_locks_is_warned_of_and_gone_on_with(
+def test_a_file_system_without_locks_is_warned_of_and_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
 ) -> None:
     def flock(*_: object) -> None:

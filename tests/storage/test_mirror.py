@@ -37,18 +37,18 @@ def save(run, step, metrics=None, adapter=True):
 
 @pytest.fixture
 def machine(tmp_path):
-    """A fresh machine with the same drive: (the run folder, the mirror of it, what was told)."""
+    """A fresh machine with the same drive: (the run folder, its mirror, what it reported)."""
 
     def make(name="a", config=CONFIG, opened=True):
         run = RunFolder(tmp_path / name / "runs" / "one")
         run.prepare()
-        told = []
-        mirror = Mirror(run, tmp_path / "drive", told.append)
+        reports = []
+        mirror = Mirror(run, tmp_path / "drive", reports.append)
         if opened:
             mirror.open(config)
             run.write_config("model:\n  rank: 8\nsave_every_steps: 5\n")
             mirror.start()
-        return run, mirror, told
+        return run, mirror, reports
 
     return make
 
@@ -66,7 +66,7 @@ def wait_for(holds):
 
 
 def test_each_save_is_copied_and_two_are_kept(machine, drive):
-    run, mirror, told = machine()
+    run, mirror, reports = machine()
     for step in (5, 10, 15):
         save(run, step)
         mirror.push()
@@ -98,7 +98,7 @@ def test_each_save_is_copied_and_two_are_kept(machine, drive):
         *(".mirror", "adapter", "checkpoints", "config.yaml", "decisions.json", "finished.json", "held-out"),
         *("metrics.jsonl", "report.html", "rows.json", "training"),
     }  # fmt: skip
-    assert told == []
+    assert reports == []
 
 
 def test_samples_are_copied_and_the_event_files_are_those_of_the_run_as_it_is(machine, drive):
@@ -122,14 +122,14 @@ def test_a_fresh_machine_gets_all_of_it_back(machine, drive, capsys):
     for step in (5, 10):
         save(run, step)
     mirror.close()
-    other, _, told = machine("b")
+    other, _, reports = machine("b")
     assert capsys.readouterr().out == f"   run  restored from {drive.checkpoint(10)}\n"
     assert other.last_checkpoint() == (other.checkpoint(10), [])
     verify_folder(other.adapter)
     assert other.metrics.read_bytes() == run.metrics.read_bytes()
     assert other.config.read_bytes() == run.config.read_bytes()
     assert other.rows.read_bytes() == b"{}"
-    assert told == []
+    assert reports == []
 
 
 def test_damaged_checkpoints_are_skipped_with_a_warning(machine, drive, capsys, expect_error):
@@ -276,7 +276,7 @@ def test_below_a_known_place_of_a_drive_one_must_be_mounted(tmp_path, monkeypatc
 
 
 def test_a_failure_is_reported_and_tried_again_and_harms_nothing(machine, drive, monkeypatch):
-    run, mirror, told = machine()
+    run, mirror, reports = machine()
     real = shutil.copyfile
 
     def full(source, target):
@@ -288,20 +288,20 @@ def test_a_failure_is_reported_and_tried_again_and_harms_nothing(machine, drive,
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "copyfile", full)
         mirror.push()
-        wait_for(lambda: told)
-    (line,) = told
+        wait_for(lambda: reports)
+    (line,) = reports
     assert line.startswith(f"warning: mirror: {drive.adapter} could not be saved: No space left on device (0.0 MB need")
     assert line.endswith(" MB free); tried again with the next save")
     assert drive.saved_steps() == []
     save(run, 10)
     mirror.close()
     assert drive.saved_steps() == [10]
-    assert len(told) == 1
+    assert len(reports) == 1
     verify_folder(run.checkpoint(5))
 
 
 def test_a_drive_that_goes_away_is_reported_and_copied_to_again_once_it_is_back(machine, drive, tmp_path):
-    run, mirror, told = machine(opened=False)
+    run, mirror, reports = machine(opened=False)
     mirror.open(CONFIG)
     save(run, 5)
     mirror._copy_newest()
@@ -310,25 +310,25 @@ def test_a_drive_that_goes_away_is_reported_and_copied_to_again_once_it_is_back(
     (tmp_path / "drive").mkdir()  # what a mount hides
     save(run, 10)
     mirror.push()
-    wait_for(lambda: told)
+    wait_for(lambda: reports)
     start = f"warning: mirror: {drive.path} could not be saved: the folder that was opened is gone; is the drive still "
-    assert told[0].startswith(start) and told[0].endswith("; tried again with the next save")
+    assert reports[0].startswith(start) and reports[0].endswith("; tried again with the next save")
     assert list((tmp_path / "drive").iterdir()) == []
     Mirror(run, tmp_path / "drive", print).copy.prepare()  # as an earlier start could have left it there
     save(run, 15)
     mirror.push()
-    wait_for(lambda: len(told) == 2)
+    wait_for(lambda: len(reports) == 2)
     assert drive.saved_steps() == []
     shutil.rmtree(tmp_path / "drive")
     (tmp_path / "elsewhere").rename(tmp_path / "drive")
     mirror.close()
     assert drive.saved_steps() == [5, 15]
-    assert len(told) == 2
+    assert len(reports) == 2
 
 
 def test_a_drive_that_goes_away_in_the_middle_of_a_copy_leaves_nothing_below_it(machine, drive, tmp_path, monkeypatch):
     """Not even a folder: a drive is mounted on empty ones only. What it has of the copy goes with the next."""
-    run, mirror, told = machine(opened=False)
+    run, mirror, reports = machine(opened=False)
     mirror.open(CONFIG)
     save(run, 5)
     mirror._copy_newest()
@@ -345,8 +345,8 @@ def test_a_drive_that_goes_away_in_the_middle_of_a_copy_leaves_nothing_below_it(
     monkeypatch.setattr(folders, "sync_file", unmount)
     mirror.start()
     mirror.push()
-    wait_for(lambda: told)
-    assert told[0].startswith(
+    wait_for(lambda: reports)
+    assert reports[0].startswith(
         f"warning: mirror: {drive.checkpoint(10)} could not be saved: No such file or directory ("
     )
     assert list((tmp_path / "drive").iterdir()) == []
@@ -356,11 +356,11 @@ def test_a_drive_that_goes_away_in_the_middle_of_a_copy_leaves_nothing_below_it(
     mirror.close()
     assert sorted(path.name for path in drive.checkpoints.iterdir()) == ["step-00000005", "step-00000010"]
     verify_folder(drive.checkpoint(10))
-    assert len(told) == 1
+    assert len(reports) == 1
 
 
 def test_what_was_just_copied_and_the_last_whole_one_stay_whatever_is_damaged(machine, drive):
-    run, mirror, told = machine(opened=False)
+    run, mirror, reports = machine(opened=False)
     mirror.open(CONFIG)
     for step in (5, 10, 15):
         save(run, step)
@@ -368,9 +368,9 @@ def test_what_was_just_copied_and_the_last_whole_one_stay_whatever_is_damaged(ma
     assert drive.saved_steps() == [10, 15]
     (drive.checkpoint(15) / "state").write_text("bitrot", encoding="utf-8")
     drive.checkpoint(99).mkdir()  # the beginning of a copy, by another tool
-    shutil.rmtree(run.checkpoint(15))  # this machine went back behind it
+    shutil.rmtree(run.checkpoint(15))  # this machine has gone back to before it
     shutil.rmtree(run.checkpoint(10))
-    mirror = Mirror(run, drive.path.parent, told.append)
+    mirror = Mirror(run, drive.path.parent, reports.append)
     mirror.open(CONFIG)  # 10 comes back from there
     save(run, 12)
     mirror._copy_newest()
@@ -383,12 +383,12 @@ def test_what_was_just_copied_and_the_last_whole_one_stay_whatever_is_damaged(ma
 
 def test_a_damaged_copy_stays_while_only_one_is_known_to_be_whole(machine, drive):
     """It may be the disk that reads it wrongly this once, and one alone is no reserve."""
-    run, mirror, told = machine(opened=False)
+    run, mirror, reports = machine(opened=False)
     mirror.open(CONFIG)
     save(run, 5)
     mirror._copy_newest()
     (drive.checkpoint(5) / "state").write_text("bitrot", encoding="utf-8")
-    mirror = Mirror(run, drive.path.parent, told.append)
+    mirror = Mirror(run, drive.path.parent, reports.append)
     mirror.open(CONFIG)
     save(run, 10)
     mirror._copy_newest()
@@ -399,13 +399,13 @@ def test_a_damaged_copy_stays_while_only_one_is_known_to_be_whole(machine, drive
 
 
 def test_a_finished_run_that_the_mirror_lacks_is_completed(machine, drive, monkeypatch, capsys):
-    run, mirror, told = machine()
+    run, mirror, reports = machine()
     save(run, 5)
     run.finished_mark.write_text('{"step": 5, "steps": 5}', encoding="utf-8")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "copyfile", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
         mirror.close()
-        assert len(told) == 2 and not drive.finished_mark.exists()
+        assert len(reports) == 2 and not drive.finished_mark.exists()
         late = Mirror(run, drive.path.parent, print)
         late.open(CONFIG)
         with pytest.raises(files.SaveError, match=f"{drive.adapter} could not be saved: full"):
@@ -444,25 +444,25 @@ def test_a_drive_that_became_full_keeps_nobody_from_a_start(machine, drive, monk
     with pytest.raises(UserError, match=r"mirror: .* can't be written \(full\); give another folder with --mirror"):
         Mirror(run, new, print).open(CONFIG)
     run.prepare()
-    told = []
-    Mirror(run, drive.path.parent, told.append).open(CONFIG)
-    (line,) = told
+    reports = []
+    Mirror(run, drive.path.parent, reports.append).open(CONFIG)
+    (line,) = reports
     check_line(line, "(full)", "--mirror", "tried again", begins=f"warning: mirror: {drive.path} can't be written ")
     assert run.saved_steps() == [5]  # and it is still read from
 
 
 def test_at_the_end_a_failure_is_reported_once_more(machine, drive, monkeypatch):
-    run, mirror, told = machine()
+    run, mirror, reports = machine()
     save(run, 5)
     monkeypatch.setattr(shutil, "copyfile", lambda *_: (_ for _ in ()).throw(RuntimeError("transport endpoint")))
     mirror.close()
-    first, last = told
+    first, last = reports
     check_line(first, "transport endpoint", "tried again", begins=f"warning: mirror: {drive.path}: ")
     check_line(last, "last state", run.path, begins=f"warning: mirror: {drive.path} ")
 
 
 def test_a_slow_drive_delays_neither_a_save_nor_the_end(machine, drive, monkeypatch):
-    run, mirror, told = machine()
+    run, mirror, reports = machine()
     real, goes_on = shutil.copyfile, threading.Event()
 
     def slow(source, target):
@@ -484,14 +484,14 @@ def test_a_slow_drive_delays_neither_a_save_nor_the_end(machine, drive, monkeypa
             folders.remove_folder(run.checkpoint(old))
     mirror.close(limit_s=0.1)
     assert time.monotonic() - started < 30  # for the copy that stands still it would be 60
-    first, last = told
+    first, last = reports
     check_line(first, drive.path, "Ctrl-C")
     check_line(last, "0 s", "the last state is not there", begins=f"warning: mirror: {drive.path} ")
     goes_on.set()
     wait_for(lambda: not mirror._thread.is_alive())
     assert drive.saved_steps() == [25]
     verify_folder(drive.checkpoint(25))
-    assert len(told) == 2
+    assert len(reports) == 2
 
 
 def test_a_file_system_that_knows_only_plain_files(machine, drive, monkeypatch):
@@ -510,10 +510,10 @@ def test_a_file_system_that_knows_only_plain_files(machine, drive, monkeypatch):
     for owner, name in ((os, "chmod"), (Path, "chmod"), (os, "link"), (os, "symlink"), (Path, "symlink_to")):
         monkeypatch.setattr(owner, name, unknown)
     monkeypatch.setattr(files.os, "open", open_)
-    run, mirror, told = machine()
+    run, mirror, reports = machine()
     save(run, 5)
     mirror.close()
-    assert told == []
+    assert reports == []
     other, _, _ = machine("b")
     assert other.last_checkpoint() == (other.checkpoint(5), [])
     monkeypatch.setattr(files.os, "open", real_open)
@@ -529,7 +529,7 @@ class Killed(BaseException):
     """Stands for a kill: nothing but a test may catch it."""
 
 
-def test_a_copy_that_is_cut_off_anywhere_can_be_gone_on_from(machine, drive, monkeypatch):
+def test_a_copy_that_is_cut_off_anywhere_can_be_resumed_from(machine, drive, monkeypatch):
     """After each cut, a fresh machine finds a checkpoint with an adapter and figures no older than it."""
     run, mirror, _ = machine(opened=False)
     mirror.open(CONFIG)

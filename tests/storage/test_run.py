@@ -113,7 +113,7 @@ def damage(run, *steps):
         ([2, 4, 6], [], 6, 2, [2]),
         ([2, 4], [], 4, 2, []),
         ([4], [], 4, 2, []),
-        ([8, 10, 11, 12, 14], [12, 14], 11, 2, [8, 12, 14]),  # gone on from 10: those above are worth nothing
+        ([8, 10, 11, 12, 14], [12, 14], 11, 2, [8, 12, 14]),  # resumed from 10: later ones no longer count
         ([6, 7, 8, 10], [8, 10], 7, 2, [8, 10]),
         ([6, 7, 8, 10], [8, 10], 7, 3, []),  # too few whole ones to throw anything away
         ([8, 10, 11, 12, 13], [12], 13, 2, [8, 10, 12]),

@@ -11,7 +11,7 @@ def refused(was, now):
     return [str(change) for change in settings.refused(was, now)]
 
 
-def told(was, now):
+def changes(was, now):
     return [str(change) for change in differences(was, now)]
 
 
@@ -27,8 +27,8 @@ def nested(name, value):
 def test_what_may_change_is_reported(name):
     was, now = nested(name, 1), nested(name, 2)
     assert refused(was, now) == []
-    assert told(was, now) == [f"{name}: 1 -> 2"]
-    assert told(was, was) == []
+    assert changes(was, now) == [f"{name}: 1 -> 2"]
+    assert changes(was, was) == []
 
 
 @pytest.mark.parametrize(
@@ -70,15 +70,15 @@ def test_an_option_has_an_effect_on_a_score_or_only_training_reads_it():
 def test_a_section_that_may_change_may_change_in_all_its_parts():
     was, now = {"samples": {"count": 8}}, {"samples": {"count": 2, "prompts": ["x"]}}
     assert refused(was, now) == []
-    assert told(was, now) == [
+    assert changes(was, now) == [
         "samples.count: 8 -> 2",
         "samples.prompts: None -> ['x']",
     ]
 
 
-def test_a_run_from_before_an_option_goes_on_where_the_option_changes_nothing():
+def test_a_run_from_before_an_option_resumes_where_the_option_changes_nothing():
     was, now = {"data": {"form": "auto"}}, {"data": {"form": "auto", "strict": False}}
-    assert (refused(was, now), told(was, now)) == ([], ["data.strict: None -> False"])
+    assert (refused(was, now), changes(was, now)) == ([], ["data.strict: None -> False"])
 
 
 def test_differences_are_reported_by_dotted_names():

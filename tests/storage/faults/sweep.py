@@ -27,7 +27,7 @@ from lit_qlora.storage.state import load_state
 
 LIBC = ctypes.CDLL(None)
 LIBC.faults_count.restype, LIBC.faults_names.restype = ctypes.c_long, ctypes.c_char_p
-KILLED, TOLD, RAISED = 9, 3, 4
+KILLED, REPORTED, RAISED = 9, 3, 4
 KINDS = {"kill": -1, "ENOSPC": errno.ENOSPC, "EIO": errno.EIO}
 
 
@@ -81,7 +81,7 @@ def child(run: RunFolder, at: int, kind: int) -> int:
             arm(at, kind)
             checkpoints = save(run, 3)
             arm(-1, 0)
-            status = TOLD if checkpoints.failures else 0
+            status = REPORTED if checkpoints.failures else 0
         except BaseException:
             arm(-1, 0)
             write_file(run.path.parent / "traceback.txt", traceback.format_exc())
@@ -90,7 +90,7 @@ def child(run: RunFolder, at: int, kind: int) -> int:
 
 
 def next_start(run: RunFolder) -> int:
-    """What a next start finds, all of it whole and of one piece; the step that it goes on from."""
+    """What the next start finds, whole and consistent; returns the step that it resumes from."""
     run.prepare()
     checkpoint, problems = run.last_checkpoint()
     assert checkpoint is not None and problems == [], problems
@@ -139,7 +139,7 @@ def check(run: RunFolder, status: int) -> None:
     """A next start is sound, and its next save, too."""
     assert status != RAISED, (run.path.parent / "traceback.txt").read_text()
     step = next_start(run)
-    assert status in (KILLED, TOLD) or step == 3, f"status {status}, and step {step} is the last"
+    assert status in (KILLED, REPORTED) or step == 3, f"status {status}, and step {step} is the last"
     assert not save(run, 4).failures
     assert run.saved_steps()[-1] == 4
     leftovers = [path.name for path in [*run.path.iterdir(), *run.checkpoints.iterdir()] if path.name[0] == "."]

@@ -85,7 +85,7 @@ def real() -> Path:
 def no_waste() -> Iterator[None]:
     """Leaves out what takes half of a small fit's time, and what hardly any test looks at.
 
-    Charts, the picture of an adapter's card, and the wait for the disk, which a process killed or not never misses;
+    Charts, the picture of an adapter's card, and the wait for the disk, which only a power failure would need;
     nor is there a word on imports, whichever test is the first.
     """
     with pytest.MonkeyPatch.context() as patched:

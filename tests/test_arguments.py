@@ -100,8 +100,8 @@ WRONG = [
 def test_an_argument_of_another_type_is_one_line(
     kind: Any, option: str, value: Any, words: str, expect_error: ExpectError
 ) -> None:
-    told = expect_error(lambda: kind(**{option.rpartition(".")[2]: value}), words, option=option)
-    assert len(str(told)) < 250
+    error = expect_error(lambda: kind(**{option.rpartition(".")[2]: value}), words, option=option)
+    assert len(str(error)) < 250
 
 
 def test_all_that_an_annotation_says_passes_as_it_is() -> None:

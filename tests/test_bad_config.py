@@ -1,4 +1,4 @@
-"""Options that can't be: each ends in one line and status 2, before a model is loaded, and leaves nothing behind."""
+"""Options that can't be: each ends in one line and status 2, before a model is loaded, and leaves no files."""
 
 import inspect
 from pathlib import Path
@@ -547,7 +547,7 @@ CASES: list[tuple[str, list[str], str | bytes | None, str | None, str | None, li
     ("run of two lines", ["--run", "a\nb"], None, None, "run", ["folder, named in one line", "got 'a\\nb'"]),
     ("run null", ["--run", "null"], None, None, "run", ["null is none: leave it out", "got 'null'"]),
 ]
-"""Its name, the command line behind ``fit --run run``, a config file of one's own; and of what is said the place, the
+"""Its name, the command line after ``fit --run run``, a config file of one's own; and of what is said the place, the
 option, and words that matter."""
 
 

@@ -1,4 +1,4 @@
-"""Data that can't be trained on: one line and status 2, before a model is loaded, and nothing is left behind."""
+"""Data that can't be trained on: one line and status 2, before a model is loaded, and no files are left."""
 
 import gzip
 import io

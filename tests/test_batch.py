@@ -24,7 +24,7 @@ def test_the_label_after_a_position_is_its_target():
     assert targets.tolist() == [7, 2, 9]
 
 
-def test_a_first_label_is_never_predicted_not_even_by_the_row_before():
+def test_a_first_label_is_never_a_target_not_even_of_the_row_before():
     positions, targets = answer_targets(torch.tensor([[5, -100], [6, -100], [7, -100]]))
     assert positions.tolist() == []
     assert targets.tolist() == []

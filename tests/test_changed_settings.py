@@ -1,4 +1,4 @@
-"""A run that is given other settings says what changed, and goes on or refuses; so for other rows and another base."""
+"""A run that is given other settings, rows or another base says what changed, and resumes or refuses."""
 
 import errno
 import json
@@ -60,7 +60,7 @@ def here(begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *args: str, of_the_base: bool = False) -> str:
-    """What is said behind ``error: run:``; nothing was written by then, and only another base was loaded."""
+    """The error message after ``error: run:``; nothing was written by then, and only another base was loaded."""
     before = _saved()
     capsys.readouterr()
     with pytest.MonkeyPatch.context() as patch:
@@ -132,8 +132,8 @@ def test_a_copy_of_the_base_is_the_same_base(here: Path, capsys: pytest.CaptureF
     Path("base").rename("moved")
     for verb in ("fit", "validate"):
         assert main([verb, "--run", "./run"]) == 2
-        told = capsys.readouterr().err
-        assert told.startswith("error: model.base: no folder 'base'") and told.endswith(
+        error = capsys.readouterr().err
+        assert error.startswith("error: model.base: no folder 'base'") and error.endswith(
             "; run has this path: give --model.base if the base is elsewhere now\n"
         )
     assert main([*FIT, "--model.base", "moved"]) == 0
@@ -159,8 +159,8 @@ def test_a_copy_of_the_adapter_to_start_from_is_the_same_adapter(
         if not done:
             Path("next/finished.json").unlink()
         assert main([*take_option(fit, "--model.adapter")[1], *another]) == 2
-        told = "model.adapter: start -> next/adapter" if done else "its adapter changed: "
-        assert told in capsys.readouterr().err
+        words = "model.adapter: start -> next/adapter" if done else "its adapter changed: "
+        assert words in capsys.readouterr().err
 
 
 def test_a_finished_run_refuses_another_base(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -267,7 +267,7 @@ def test_a_longer_run_takes_the_learning_rate_of_the_longer_schedule(
 LONGER = ["--trainer.max_steps", "10", "--trainer.val_check_interval", "3"]
 
 
-def test_what_was_done_behind_the_checkpoint_with_other_settings_is_no_part_of_the_run(
+def test_what_was_done_after_the_checkpoint_with_other_settings_is_no_part_of_the_run(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Lines and a best adapter of steps 3 to 6, from before the kill, which now come otherwise."""
@@ -352,7 +352,7 @@ def test_before_the_first_save_other_settings_begin_anew(here: Path, capsys: pyt
     assert [line["step"] for line in read_lines(Path("run/metrics.jsonl"))] == [*range(11)]
 
 
-def test_the_same_settings_go_through_the_steps_behind_the_checkpoint_again(
+def test_the_same_settings_repeat_the_steps_after_the_checkpoint(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One rule of going back, whatever changed: lines and best adapter come again, as they were."""
@@ -403,7 +403,7 @@ def test_a_run_that_was_made_longer_and_is_finished_has_nothing_to_do(
         ({"step": 30, "steps": 60, "early_stopping": 2}, ["-1", "--trainer.max_epochs", "4"]),
     ],
 )
-def test_a_finished_run_that_is_asked_for_more_goes_on(
+def test_a_finished_run_that_is_asked_for_more_continues(
     here: Path, monkeypatch: pytest.MonkeyPatch, mark: dict[str, int], args: list[str]
 ) -> None:
     ended(**mark)

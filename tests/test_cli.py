@@ -260,7 +260,7 @@ def test_a_command_line_is_completed_once(
 
 
 def test_an_option_before_the_config_counts(expect_error):
-    """It was lost without a word: the file came behind it."""
+    """The config file, which comes after it, does not hide its mistake."""
     for config in (["--config", "demo"], ["--config=demo"]):
         expect_error(["fit", "--model.rank", "0", *config], "a whole number from 1", option="model.rank")
         expect_error(["fit", "--data.source", "nowhere.jsonl", *config], "no such file", place="nowhere.jsonl")

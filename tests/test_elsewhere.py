@@ -104,9 +104,9 @@ def _spellings(name: str) -> list[tuple[str, ...]]:
 def test_the_common_ones_name_ours_however_they_are_written(parser: RunParser, name: str) -> None:
     """How one is written has nothing to do with which: three ways each, so that each way is tried of several."""
     for args in _spellings(name)[[*COMMON].index(name) % 4 :: 4]:
-        told = _error(parser, *args)
-        assert told.startswith("unknown option '")
-        assert f"; here it is '{COMMON[name]}'" in told
+        error = _error(parser, *args)
+        assert error.startswith("unknown option '")
+        assert f"; here it is '{COMMON[name]}'" in error
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -116,7 +116,7 @@ def test_those_that_are_called_alike_name_the_section(parser: RunParser, name: s
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "expected"),
     [
         ("load_in_4bit", "a base is always trained in 4-bit NF4 with double quantisation: leave it out"),
         ("nf4", "a base is always trained in 4-bit NF4 with double quantisation: leave it out"),
@@ -133,8 +133,8 @@ def test_those_that_are_called_alike_name_the_section(parser: RunParser, name: s
         ("rank_pattern", "all layers of model.target_modules have the same rank: leave it out"),
     ],
 )
-def test_what_needs_no_option_says_how_it_is(parser: RunParser, name: str, told: str) -> None:
-    assert _error(parser, f"--{name}", "true") == f"unknown option '{name}'; {told}"
+def test_what_needs_no_option_says_how_it_is(parser: RunParser, name: str, expected: str) -> None:
+    assert _error(parser, f"--{name}", "true") == f"unknown option '{name}'; {expected}"
 
 
 TRL = (
@@ -192,16 +192,16 @@ def test_a_name_that_ends_in_a_line_stands_for_all_that_begin_so(parser: RunPars
 def test_every_answer_is_true(parser: RunParser) -> None:
     """All options that it names are there, in fit's parser or in a tool's, and no name is one of ours."""
     ours, seen = {*parser.types()}, set[str]()
-    for name, told in answers("fit").items():
+    for name, answer in answers("fit").items():
         assert name not in ours and re.fullmatch(r"[a-z0-9_]+", name)
-        named = {told.partition(",")[0]} if " " not in told.partition(",")[0] else set()
-        named |= {*re.findall(r"\b(?:model|data|trainer|samples)\.\w+", told)} | {*re.findall(r"--(\w+)", told)}
+        named = {answer.partition(",")[0]} if " " not in answer.partition(",")[0] else set()
+        named |= {*re.findall(r"\b(?:model|data|trainer|samples)\.\w+", answer)} | {*re.findall(r"--(\w+)", answer)}
         assert named <= ours, name
-        assert named or ": leave it out" in told or "python main.py" in told
+        assert named or ": leave it out" in answer or "python main.py" in answer
         assert here(name, ours)
-        if told not in seen and name not in ("model", "data"):  # the parser takes its time
+        if answer not in seen and name not in ("model", "data"):  # the parser takes its time
             assert here(name, ours) in _error(parser, f"--{name}", "1")
-        seen.add(told)
+        seen.add(answer)
 
 
 @pytest.mark.slow
@@ -216,19 +216,19 @@ def test_no_tools_answer_is_of_nothing() -> None:
     options = {verb: {*inspect.signature(tool).parameters} for verb, tool in tools.items()}
     for names in (options["chat"], options["predict"]):
         names |= {*inspect.signature(Sampling).parameters}
-    for name, told in answers("tools").items():
-        expected = told if " " in told else f"here it is {told!r}"
+    for name, answer in answers("tools").items():
+        expected = answer if " " in answer else f"here it is {answer!r}"
         assert any(here(name, names) == expected and name not in names for names in options.values())
 
 
 def test_every_verb_elsewhere_is_one_here() -> None:
     verbs = {*cli.FIT_AND_KIN, *cli.TOOLS, "doctor"}
-    assert {re.match(r"\w+", told)[0] for told in answers("verbs").values()} <= verbs  # type: ignore[index]
+    assert {re.match(r"\w+", answer)[0] for answer in answers("verbs").values()} <= verbs  # type: ignore[index]
     assert not verbs & answers("verbs").keys()
 
 
 @pytest.mark.parametrize(
-    ("args", "told"),
+    ("args", "expected"),
     [
         (["chat", "--max_tokens", "3"], "unknown option 'max_tokens'; here it is 'max_new_tokens'"),
         (["chat", "--model-name-or-path", "x"], "unknown option 'model-name-or-path'; here it is 'base'"),
@@ -259,7 +259,7 @@ def test_every_verb_elsewhere_is_one_here() -> None:
     ],
 )
 def test_on_the_command_line(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], args: list[str], told: str
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], args: list[str], expected: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "a").mkdir(parents=True)
@@ -269,7 +269,7 @@ def test_on_the_command_line(
     (tmp_path / "c.yaml").write_text("trainer:\n  max_grad_norm: 0.3\n")
     assert cli.main(args) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {told}")
+    assert error.startswith(f"error: {expected}")
     assert error.count("\n") == 1
 
 

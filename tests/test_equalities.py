@@ -56,7 +56,7 @@ class Steps:
 
 @contextmanager
 def steps_of(other: Steps | None = None) -> Iterator[Steps]:
-    """Collects the steps of what runs inside; behind each, the weights become those of ``other``."""
+    """Collects the steps of what runs inside; after each, the weights become those of ``other``."""
     found = Steps()
 
     def after(optimizer: torch.optim.Optimizer, *_: object) -> None:

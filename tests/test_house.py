@@ -101,7 +101,7 @@ PROMPT_FORMATS = {"llama2", "own_template", "jinja"}
 MAKERS = "make_format|from_record|read_format|recorded_format|format_for"
 """The functions that give a prompt format."""
 PARTS = "name|source|title|version|identity|tokens|cache_key"
-"""What tells formats apart."""
+"""What distinguishes formats."""
 NAMES = {"LLAMA_2", "OF_BASE"}
 """Values of data.template, which data/templates.py reads for all others."""
 
@@ -123,7 +123,7 @@ def _named_formats(tree: ast.Module) -> str:
 
 
 class _Unaliased(ast.NodeTransformer):
-    """Puts what tells formats apart in place of the names that a function gives to it."""
+    """Puts what distinguishes formats in place of the names that a function gives to it."""
 
     def __init__(self, formats: str) -> None:
         self.is_part = re.compile(rf"((.+\.)?prompt_format|{formats})\.({PARTS}|record\(\).*)$").match
@@ -198,7 +198,7 @@ def test_no_entry_of_a_table_is_asked_for_by_its_name_elsewhere(path: Path) -> N
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_there_is_one_road_to_a_forecast(path: Path) -> None:
-    """What a run will need is asked of `forecast.foresee`, and made nowhere else."""
+    """What a run will need is computed by `forecast.foresee`, and nowhere else."""
     if path.parent.name != "forecast":
         tree = ast.parse(path.read_text())
         called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}

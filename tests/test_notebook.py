@@ -219,7 +219,7 @@ def test_a_form_that_cannot_be_meant_is_reported_in_one_line(settings, given, wo
 
 @pytest.fixture
 def cell(settings, monkeypatch):
-    """Runs a cell behind the first, in the project's folder; returns the commands that it ran, and all names."""
+    """Runs a cell after the first, in the project's folder; returns the commands that it ran, and all names."""
 
     def cell(name: str, *, more: dict | None = None, **given) -> tuple[list[list[str]], dict]:
         names = settings(**given)
@@ -396,14 +396,14 @@ def install(settings, tmp_path, monkeypatch, capsys):
 
     def install(*versions: tuple[str, str]) -> tuple[list[str], str]:
         """``versions`` are what the packages are said to have, one for each time that it is asked for."""
-        told = list(versions)
+        offered = list(versions)
         commands: list[str] = []
 
         def version(package):
-            found = next((pair for pair in told if pair[0] == package), None)
+            found = next((pair for pair in offered if pair[0] == package), None)
             if found is None:
                 raise metadata.PackageNotFoundError
-            told.remove(found)
+            offered.remove(found)
             return found[1]
 
         monkeypatch.setattr(metadata, "version", version)
@@ -440,7 +440,7 @@ def test_an_old_torchao_is_removed(install, version, is_removed):
 
 @pytest.fixture
 def on_kaggle(tmp_path, monkeypatch):
-    """Runs a cell of Kaggle's behind its first, in an empty folder; returns all names. ``cards`` are what is there."""
+    """Runs a cell of Kaggle's after its first, in an empty folder; returns all names. ``cards`` are the GPUs there."""
 
     def on_kaggle(name: str, *, cards: tuple[str, ...] = ("Tesla T4",) * 2, **given) -> dict:
         programs = tmp_path / "programs"
@@ -544,7 +544,7 @@ def test_kaggle_takes_the_run_of_the_latest_version_among_the_inputs(on_kaggle, 
 
 
 @pytest.mark.slow
-def test_a_run_that_was_taken_from_an_input_goes_on(on_kaggle, tmp_path, monkeypatch, capsys):
+def test_a_run_that_was_taken_from_an_input_resumes(on_kaggle, tmp_path, monkeypatch, capsys):
     kept = tmp_path / "input" / "version" / "runs" / "demo"
     options = ["--samples.count", "0", "--trainer.limit_val_batches", "1", "--save_every_steps", "2"]
     assert main(["fit", "--run", str(kept), *options, "--trainer.max_steps", "2"]) == 0
@@ -729,11 +729,11 @@ def hub():
 
 
 BEFORE = ("doctor", "plan", "inspect", "tensorboard")
-"""Cells before the training, which leave nothing behind: run once is enough."""
+"""Cells before the training, which leave no files: once is enough."""
 
 
 @pytest.mark.slow(first=True)
-def test_run_all_goes_on_after_a_disconnect_and_once_more(tmp_path, hub, monkeypatch):
+def test_run_all_resumes_after_a_disconnect_and_once_more(tmp_path, hub, monkeypatch):
     from nbclient.exceptions import DeadKernelError
 
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter" / "share" / "jupyter"))
@@ -770,7 +770,7 @@ def test_run_all_goes_on_after_a_disconnect_and_once_more(tmp_path, hub, monkeyp
     resumed = re.search(r"resuming from step-0*(\d+)", shown["fit"])
     assert resumed and 40 <= int(resumed[1]) < 212
     assert re.search(r"train 100%\|█+\| 212/212 .*loss [\d.]+, [\d,]+ tokens/s", shown["fit"])
-    assert "\x1b[A" not in shown["fit"]  # which no notebook follows: each would leave a line of the bar behind
+    assert "\x1b[A" not in shown["fit"]  # no notebook obeys it: each would leave a line of the bar
     losses = [
         line["val/loss"]
         for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())

@@ -1,4 +1,4 @@
-"""Kill it, fill its disk, send it signals: the command ends with the right status and one line, and goes on well."""
+"""Kill it, fill its disk, send it signals: the command ends with the right status and one line, and resumes."""
 
 import errno
 import hashlib
@@ -188,13 +188,13 @@ def test_a_config_that_cannot_be_written_is_one_line_and_status_1(
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run, with a token in the environment and all that it printed; nothing of it was pickled."""
     folder = tmp_path_factory.mktemp("finished")
-    told = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(told), redirect_stderr(told):
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed), redirect_stderr(printed):
         forbid_pickle(patch)
         patch.chdir(folder)
         patch.setenv("HF_TOKEN", "hf_canary_in_a_coal_mine")
         assert main(FIT) == 0
-    (folder / "output.txt").write_text(told.getvalue(), encoding="utf-8")
+    (folder / "output.txt").write_text(printed.getvalue(), encoding="utf-8")
     return folder
 
 
@@ -223,7 +223,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint(run: Path, capsys: pytest.CaptureFixture[str], damage: str) -> None:
-    """The one before is gone on from, to the same end; with all damaged, nothing is."""
+    """The run resumes from the one before, to the same end; with all damaged, from none."""
     whole = (run / "checkpoints/step-00000004/state.safetensors").read_bytes()
     (run / "finished.json").unlink()
     DAMAGES[damage](run / "checkpoints/step-00000004/state.safetensors")
@@ -248,7 +248,7 @@ def test_a_damaged_checkpoint(run: Path, capsys: pytest.CaptureFixture[str], dam
 
 @pytest.mark.parametrize("name", ["state.json", "state.safetensors"])
 def test_a_pickle_in_a_resealed_checkpoint(run: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
-    """The manifest fits, and still the one before is gone on from, to the same end."""
+    """The manifest fits, and still the run resumes from the one before, to the same end."""
     folder = run / "checkpoints/step-00000004"
     whole = (folder / "state.safetensors").read_bytes()
     (run / "finished.json").unlink()
@@ -270,7 +270,7 @@ def change_state(folder: Path, change: Callable[[dict], object]) -> None:
 
 
 @pytest.mark.parametrize("part", ["run", "metrics_line", "callbacks", "lr_schedulers"])
-def test_a_resealed_checkpoint_that_lacks_a_part_is_gone_behind(
+def test_a_resealed_checkpoint_that_lacks_a_part_is_passed_over(
     run: Path, capsys: pytest.CaptureFixture[str], part: str
 ) -> None:
     folder = run / "checkpoints/step-00000004"
@@ -412,21 +412,21 @@ def with_other_alpha(folder: Path) -> None:
 
 @pytest.mark.parametrize("is_finished", [True, False])
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "expected"),
     [
         (with_nan, "holds values that are not finite"),
         (with_other_alpha, "adapter_config.json has lora_alpha 32.0, expected 16.0: it was altered"),
     ],
 )
 def test_an_adapter_that_was_altered_and_sealed_again(
-    run: Path, capsys: pytest.CaptureFixture[str], change: Callable[[Path], None], told: str, is_finished: bool
+    run: Path, capsys: pytest.CaptureFixture[str], change: Callable[[Path], None], expected: str, is_finished: bool
 ) -> None:
     if not is_finished:
         (run / "finished.json").unlink()
     reseal(run / "adapter", change)
     assert main(FIT) == 2
     (error,) = capsys.readouterr().err.splitlines()
-    assert told in error
+    assert expected in error
     assert error.endswith("; move run/adapter away, and a copy or a new best takes its place")
     shutil.rmtree(run / "adapter")
     assert main(FIT) == 0
@@ -459,9 +459,9 @@ def test_no_code_is_taken_from_a_run_folder(run: Path, capsys: pytest.CaptureFix
     (run / "config.yaml").write_text(f"trainer.callbacks: [{{class_path: run.payload.X}}]\n{config}")
     for verb, said in (("validate", "val/loss"), ("test", "test/loss"), ("fit", "nothing to do")):
         assert main([verb, "--run", "./run"]) == 0
-        told = capsys.readouterr()
-        assert told.err.startswith("warning: trainer.callbacks of run/config.yaml left out: it can name code")
-        assert (told.err.count("\n"), said in told.out) == (1, True)
+        printed = capsys.readouterr()
+        assert printed.err.startswith("warning: trainer.callbacks of run/config.yaml left out: it can name code")
+        assert (printed.err.count("\n"), said in printed.out) == (1, True)
 
 
 def test_a_validation_of_no_batch_is_refused(run: Path, expect_error: ExpectError) -> None:
@@ -470,7 +470,7 @@ def test_a_validation_of_no_batch_is_refused(run: Path, expect_error: ExpectErro
     expect_error(["validate", "--run", "./run", f"--{name}", "0"], "1.0 for all", "got 0", option=name)
 
 
-def test_a_run_with_classes_of_ones_own_goes_on_by_the_same_command(
+def test_a_run_with_classes_of_ones_own_resumes_by_the_same_command(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Given by short names, which config.yaml has in full."""
@@ -479,9 +479,9 @@ def test_a_run_with_classes_of_ones_own_goes_on_by_the_same_command(
     assert main([*FIT, *own, "--trainer.max_steps", "1"]) == 0
     capsys.readouterr()
     assert main([*FIT, *own, "--trainer.max_steps", "2"]) == 0
-    told = capsys.readouterr()
-    assert told.err == ""
-    assert "changed: trainer.max_steps: 1 -> 2" in told.out
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert "changed: trainer.max_steps: 1 -> 2" in printed.out
     assert [line["step"] for line in read_lines(Path("run/metrics.jsonl"))] == [0, 1, 2]
     assert len([*Path("run").glob("lightning_logs/version_*/metrics.csv")]) == 2  # one per start
     assert main(["validate", "--run", "./run"]) == 0
@@ -489,7 +489,7 @@ def test_a_run_with_classes_of_ones_own_goes_on_by_the_same_command(
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "expected"),
     [
         (["--seed_everything", "7"], "seed_everything: 42 -> 7"),
         (["--model.weight_decay", "0.5"], "model.weight_decay: 0.0 -> 0.5"),
@@ -498,12 +498,12 @@ def test_a_run_with_classes_of_ones_own_goes_on_by_the_same_command(
     ],
 )
 def test_a_checkpoint_knows_its_settings_without_config_yaml(
-    run: Path, changed: list[str], told: str, expect_error: ExpectError
+    run: Path, changed: list[str], expected: str, expect_error: ExpectError
 ) -> None:
     (run / "finished.json").unlink(missing_ok=True)
     (run / "config.yaml").unlink()
     longer = [*FIT, "--trainer.max_steps", "6"]
-    expect_error([*longer, *changed], told, "--run NAME", option="run")
+    expect_error([*longer, *changed], expected, "--run NAME", option="run")
     assert main(longer) == 0
 
 
@@ -560,7 +560,7 @@ def test_a_damaged_result_puts_the_adapter_aside(run: Path, capsys: pytest.Captu
     assert not (run / "adapter").exists()
 
 
-def test_a_damaged_config_stops_at_once_and_without_it_the_run_goes_on(
+def test_a_damaged_config_stops_at_once_and_without_it_the_run_resumes(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (run / "config.yaml").write_bytes(b"")
@@ -580,7 +580,7 @@ def test_a_damaged_config_stops_at_once_and_without_it_the_run_goes_on(
 # Time
 
 
-def test_max_time_ends_with_status_0_and_the_same_command_goes_on(
+def test_max_time_ends_with_status_0_and_the_same_command_resumes(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as patch:
@@ -616,7 +616,7 @@ def test_a_time_limit_that_is_none_is_refused_at_once(here: Path, expect_error: 
 # A mirror
 
 
-def test_a_fresh_machine_goes_on_from_the_mirror_to_the_same_bits(
+def test_a_fresh_machine_resumes_from_the_mirror_to_the_same_bits(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from lit_qlora.model.module import QLoRAModule

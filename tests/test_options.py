@@ -1,4 +1,4 @@
-"""A config file's mistakes are told in one line with their place; values are found on the command line."""
+"""A config file's mistakes are reported in one line with their place; values are found on the command line."""
 
 import sys
 from pathlib import Path

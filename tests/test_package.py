@@ -27,7 +27,7 @@ from tests.expect import ExpectError
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 NAMED = r"github(?:\.com)?/([\w.-]+/[\w.-]*(?:qlora|QLORA)[\w-]*)"
-"""An address of this project, whoever has it: with a page of GitHub behind it, or Colab's."""
+"""An address of this project, whoever has it: with a page of GitHub after it, or Colab's."""
 
 
 def tracked() -> list[Path]:
@@ -182,7 +182,7 @@ def test_it_is_run_as_a_module(here: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("editable", [False, True], ids=["pip install .", "pip install -e ."])
 def test_installed_it_works_from_anywhere(tmp_path: Path, here: Path, editable: bool) -> None:
-    """In a virtual environment of its own, which sees this one's packages behind it, and nothing of the checkout."""
+    """In a fresh virtual environment, which sees this one's packages after its own, and nothing of the checkout."""
     subprocess.run(["git", "clone", "-q", str(ROOT), "source"], check=True)
     subprocess.run([sys.executable, "-m", "venv", "fresh"], check=True)
     fresh = here / "fresh" / "bin"

@@ -65,9 +65,9 @@ def test_a_real_llama_learns_real_rows_answers_and_is_merged(smollm2, real, tmp_
         "samples.max_new_tokens": 8,
     }  # fmt: skip
     assert main(["fit", *(word for name, value in options.items() for word in (f"--{name}", str(value)))]) == 0
-    told = capsys.readouterr().out
-    assert "135M weights, linear layers in 4-bit NF4" in told and "prompts by data.template" in told
-    assert "could forge" not in told  # its roles are words like any other
+    printed = capsys.readouterr().out
+    assert "135M weights, linear layers in 4-bit NF4" in printed and "prompts by data.template" in printed
+    assert "could forge" not in printed  # its roles are words like any other
     held_out = [line["val/loss"] for line in read_lines(Path("runs/run/metrics.jsonl")) if "val/loss" in line]
     assert 2.2 < held_out[0] < 2.9  # of a model that has learned to answer, and not of noise: ln 49,152 is 10.8
     assert held_out[-1] < held_out[0] - 0.05
@@ -81,11 +81,11 @@ def test_a_real_llama_learns_real_rows_answers_and_is_merged(smollm2, real, tmp_
     assert "Paris" in capsys.readouterr().out
 
     # Which words come is one processor's rounding: the stop is one of those that came.
-    told = ["--prompt", question, "--max_new_tokens", "24", "--repetition_penalty", "1.3", "--temperature", "0"]
-    assert main(["chat", "--run", "run", *told]) == 0
+    options = ["--prompt", question, "--max_new_tokens", "24", "--repetition_penalty", "1.3", "--temperature", "0"]
+    assert main(["chat", "--run", "run", *options]) == 0
     whole = capsys.readouterr().out.strip()
     stop = whole.split()[3]
-    assert main(["chat", "--run", "run", *told, "--stop", json.dumps([stop])]) == 0
+    assert main(["chat", "--run", "run", *options, "--stop", json.dumps([stop])]) == 0
     stopped = capsys.readouterr()
     assert stopped.out.strip() == whole[: whole.index(stop)].strip() and "cut at" not in stopped.err
 

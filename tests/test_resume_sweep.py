@@ -1,8 +1,8 @@
-"""A run goes on from every one of its checkpoints, and from a SIGKILL at every kind of moment, to the same last bit.
+"""A run resumed from any of its checkpoints, or after a SIGKILL at any kind of moment, ends the same to the last bit.
 
 Through the real command in-process, on a real NF4 base with LoRA dropout and recomputed activations. For each
 checkpoint the run folder is copied twice: as soon as it stands there, and as late as can be before the next. A case
-goes on from one of the two, by turns.
+resumes from one of the two, by turns.
 """
 
 import itertools
@@ -121,7 +121,7 @@ def _copy(run: Path, target: Path) -> None:
 
 @pytest.fixture
 def copies(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
-    """From now on, a run folder is copied right behind each save, and right before the next."""
+    """From now on, a run folder is copied right after each save, and right before the next."""
     from lit_qlora.storage.checkpoint_io import FolderCheckpointIO
 
     save = FolderCheckpointIO.save_checkpoint
@@ -183,11 +183,11 @@ def sweep(arguments: list[str], copies: Callable[[Path], Any], take: Callable[[i
 
 
 class Cut(BaseException):
-    """Ends a start right behind a save."""
+    """Ends a start right after a save."""
 
 
 def chain(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cuts a run behind each of its saves, so that each checkpoint is made by a start that had gone on from another."""
+    """Cuts a run after each of its saves, so that each checkpoint is made by a start that had resumed from another."""
     from lit_qlora.storage.checkpoint_io import FolderCheckpointIO
 
     save = FolderCheckpointIO.save_checkpoint
@@ -365,7 +365,7 @@ def test_a_finished_run_is_left_as_it_is(options: list[str], capsys: pytest.Capt
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
-def test_a_gradient_scaler_goes_on_with_its_scale(
+def test_a_gradient_scaler_keeps_its_scale(
     options: list[str], copies: Callable[[Path], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """fp16 as on a T4; the scale doubles after every 2nd update, so it overflows again and again."""

@@ -1,4 +1,4 @@
-"""No secret reaches a file or the terminal: none is taken as an option, and none is told."""
+"""No secret reaches a file or the terminal: none is taken as an option, and none is printed."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ TOKEN = f"hf_{CANARY}"
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "expected"),
     [
         (f"https://user:{CANARY}@host/rows.jsonl: no such file", "https://***@host/rows.jsonl: no such file"),
         (f"no folder 'https:/{CANARY}@host/x'", "no folder 'https:/***@host/x'"),
@@ -38,8 +38,8 @@ TOKEN = f"hf_{CANARY}"
         (f"Authorization: Bearer {CANARY}", "Authorization: Bearer ***"),
     ],
 )
-def test_a_secret_is_not_reported(text: str, told: str) -> None:
-    assert redact(text) == told
+def test_a_secret_is_not_reported(text: str, expected: str) -> None:
+    assert redact(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_the_default_of_a_callbacks_own_argument_is_no_secret(value: str, holds:
     assert holds_secret("trainer.callbacks.init_args.api_key", value) is holds
 
 
-def test_a_mail_address_behind_a_colon_may_be_asked_about() -> None:
+def test_a_mail_address_after_a_colon_may_be_asked_about() -> None:
     check_texts(["fit", "--samples.prompts", '["Reply to:me@example.org in one line."]'])
 
 
@@ -150,6 +150,6 @@ def test_a_secret_is_refused_without_being_printed(
 
 
 def test_a_long_text_is_looked_through_at_once() -> None:
-    """In half a second; in hours where each pattern looks for a user behind each scheme."""
+    """In half a second; in hours where each pattern looks for a user after each scheme."""
     text = "a://" * 250_000
     assert redact(text) == text

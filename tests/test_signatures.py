@@ -199,13 +199,15 @@ def test_what_came_late_or_in_the_parsers_words(args, option, place, words, tmp_
 @pytest.mark.parametrize("value", ["", "{a: 1}", "# c"])
 def test_no_value_is_answered_in_jsonargparses_words(value, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    told = []
+    messages = []
     for one in options_of("fit"):
         try:
             check_first("fit", [f"--{one.name}={value}"])
         except UserError as error:
-            told.append(str(error))
-    assert len(told) > 40 and not [words for words in told if re.search(r"<class|typing|Subtypes|Got value", words)]
+            messages.append(str(error))
+    assert len(messages) > 40 and not [
+        words for words in messages if re.search(r"<class|typing|Subtypes|Got value", words)
+    ]
 
 
 @pytest.mark.parametrize("option", ["--data.source", "--run", "--model.base", "--data.template"])
@@ -536,8 +538,8 @@ def test_the_help_of_a_class_has_its_arguments():
             f" {one}," in " ".join(help_of_class([f"--{option}.help"]).split()) for one in offered(option)
         )
         for one in offered(option):
-            told = help_of_class([f"--{option}.help", one])
-            assert told.startswith(f"usage: --{option} {one}") and told.splitlines().count("") <= 2
+            text = help_of_class([f"--{option}.help", one])
+            assert text.startswith(f"usage: --{option} {one}") and text.splitlines().count("") <= 2
     assert help_of_class(["--trainer.logger", "CSVLogger"]) is None
     its_path = "lightning.pytorch.loggers.CSVLogger"
     assert help_of_class(["--trainer.logger.help", its_path]) == help_of_class(["--trainer.logger.help=CSVLogger"])

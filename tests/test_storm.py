@@ -25,9 +25,9 @@ def storm(*args: str) -> str:
     return done.stdout
 
 
-def kills(told: str) -> int:
-    found = re.search(r"^(\d+) kills: ", told, re.MULTILINE)
-    assert found, told
+def kills(printed: str) -> int:
+    found = re.search(r"^(\d+) kills: ", printed, re.MULTILINE)
+    assert found, printed
     return int(found[1])
 
 
@@ -50,9 +50,9 @@ def test_a_start_that_became_another_program_can_be_killed() -> None:
 def test_killed_at_random_it_ends_as_if_never_cut() -> None:
     total = 0
     for seed in range(1, 6):  # how often a run is hit hangs on the machine's mood
-        told = storm("--runs", "3", "--seed", str(seed), "--cold", "0", "--variants", "packed")
-        assert told.startswith("3 of 3 runs ended as if never cut, to the last bit\n")
-        total += kills(told)
+        printed = storm("--runs", "3", "--seed", str(seed), "--cold", "0", "--variants", "packed")
+        assert printed.startswith("3 of 3 runs ended as if never cut, to the last bit\n")
+        total += kills(printed)
         if total >= 5:
             return
     pytest.fail(f"only {total} kills in 15 runs")
@@ -63,9 +63,9 @@ def test_the_command_itself_killed_at_random_ends_as_if_never_cut() -> None:
     """``python main.py`` each time, imports and all."""
     total = 0
     for seed in range(1, 6):
-        told = storm("--runs", "2", "--seed", str(seed), "--cold", "1", "--variants", "accumulated")
-        assert told.startswith("2 of 2 runs ended as if never cut, to the last bit\n")
-        total += sum(int(count) for count in re.findall(r"\(cold\) (\d+)", told))
+        printed = storm("--runs", "2", "--seed", str(seed), "--cold", "1", "--variants", "accumulated")
+        assert printed.startswith("2 of 2 runs ended as if never cut, to the last bit\n")
+        total += sum(int(count) for count in re.findall(r"\(cold\) (\d+)", printed))
         if total >= 5:
             return
     pytest.fail(f"only {total} kills in 10 runs")

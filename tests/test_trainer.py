@@ -131,10 +131,10 @@ def test_what_reaches_into_the_arithmetic_is_refused(name: str, is_mine: bool) -
     for given in (kind.__new__(kind), [ModelSummary(), kind.__new__(kind)]):
         with pytest.raises(UserError) as caught:
             own_callbacks(given)
-        told = str(caught.value)
-        assert told.startswith("trainer.callbacks: expected n")
-        assert told.endswith(f", got {kind.__name__}; leave it out")
-        assert REFUSED[name] in told
+        error = str(caught.value)
+        assert error.startswith("trainer.callbacks: expected n")
+        assert error.endswith(f", got {kind.__name__}; leave it out")
+        assert REFUSED[name] in error
 
 
 @pytest.fixture(scope="module")

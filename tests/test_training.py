@@ -71,9 +71,9 @@ def test_a_run_from_start_to_answers(here: Path, capsys: pytest.CaptureFixture[s
 
     capsys.readouterr()
     assert main(["fit", *SHORT]) == 0
-    told = capsys.readouterr().out
-    assert "is finished (4 of 4 steps): nothing to do" in told
-    assert "\nnext: python main.py chat\n" in told
+    printed = capsys.readouterr().out
+    assert "is finished (4 of 4 steps): nothing to do" in printed
+    assert "\nnext: python main.py chat\n" in printed
     assert main(["fit", *SHORT, "--trainer.max_steps", "2"]) == 0
     assert "is finished (4 of 4 steps): nothing to do" in capsys.readouterr().out
     assert _snapshot(run) == before
@@ -214,7 +214,7 @@ def test_the_seed_recipe() -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_same_end(here: Path) -> None:
+def test_a_killed_run_resumes_to_the_same_end(here: Path) -> None:
     arguments = ["--trainer.max_steps", "12", "--trainer.val_check_interval", "4", "--trainer.log_every_n_steps", "3",
                  "--save_every_steps", "2", "--samples.count", "0", "--model.dropout", "0.1",
                  "--trainer.limit_val_batches", "2"]  # fmt: skip
@@ -293,8 +293,8 @@ def test_settings_that_make_another_run_start_it_where_none_is_named(
     another = ["--model.rank", "8", "--data.batch_size", "2"]
     assert main(["fit", "--run", "demo", *short, *another]) == 2
     changes = "data.batch_size: 4 -> 2; model.rank: 16 -> 8; "
-    told = capsys.readouterr().err
-    assert told.startswith("error: run: runs/demo") and changes in told and "--run NAME" in told
+    error = capsys.readouterr().err
+    assert error.startswith("error: run: runs/demo") and changes in error and "--run NAME" in error
     assert main(["fit", *short, *another]) == 0
     assert f"   run  runs/demo differs: {changes}this one is runs/demo-2\n" in capsys.readouterr().out
     assert main(["fit", *short, *another]) == 0
@@ -314,8 +314,8 @@ def test_a_config_may_name_the_run_and_an_adapter_keeps_its_rank(
     assert Path("elsewhere/adapter/adapter_config.json").is_file()
     assert not Path("runs").exists()
     assert main(["fit", "--run", "./next", "--model.adapter", "elsewhere/adapter", *short]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("error: model.rank: 16") and "elsewhere/adapter has 4" in told
+    error = capsys.readouterr().err
+    assert error.startswith("error: model.rank: 16") and "elsewhere/adapter has 4" in error
 
 
 BAD: list[tuple[list[str], str | None, str | None, list[str]]] = [
@@ -582,7 +582,7 @@ def test_out_of_memory_in_a_validation_is_one_line(
         ((), "nothing was saved: the same command, once that is mended, begins anew"),
     ],
 )
-def test_behind_the_traceback_of_a_callback_of_ones_own_stands_what_is_saved(
+def test_after_the_traceback_of_a_callback_of_ones_own_stands_what_is_saved(
     steps: tuple[int, ...], note: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lit_qlora import training

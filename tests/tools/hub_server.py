@@ -27,7 +27,7 @@ class Repository:
     commits: list[str] = field(default_factory=lambda: ["0" * 40])
 
     def oid(self, name: str) -> str | None:
-        """As the hub tells it: of a large file the sha256, else git's own."""
+        """As the hub gives it: of a large file the sha256, else git's own."""
         if name not in self.files:
             return None
         content = self.files[name]
@@ -89,8 +89,8 @@ class FakeHub:
         if repository is None:
             return 404, {"error": "Repository not found"}
         files = [{"rfilename": file} for file in repository.files]
-        told = {"id": name, "modelId": name, "private": repository.private, "siblings": files}
-        return 200, told | {"sha": repository.commits[-1], "tags": [], "downloads": 0}
+        answer = {"id": name, "modelId": name, "private": repository.private, "siblings": files}
+        return 200, answer | {"sha": repository.commits[-1], "tags": [], "downloads": 0}
 
     def check_card(self, body: bytes) -> tuple[int, Any]:
         return 200, {"errors": [], "warnings": []}
@@ -99,8 +99,8 @@ class FakeHub:
         repository, answers = self.repositories[name], []
         for file in json.loads(body)["files"]:
             mode = "lfs" if file["path"].endswith(LARGE) else "regular"
-            told = {"path": file["path"], "uploadMode": mode, "shouldIgnore": False}
-            answers.append(told | {"oid": repository.oid(file["path"])})
+            answer = {"path": file["path"], "uploadMode": mode, "shouldIgnore": False}
+            answers.append(answer | {"oid": repository.oid(file["path"])})
         return 200, {"files": answers}
 
     def batch(self, name: str, body: bytes) -> tuple[int, Any]:

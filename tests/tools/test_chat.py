@@ -273,7 +273,7 @@ def test_what_is_shown_is_what_is_kept(encoder, data):
     assert "".join(streamed(encoder, ids)) == encoder.answer(ids)[0]
 
 
-def test_a_character_cut_in_halves_is_left_out(encoder):
+def test_a_character_cut_in_half_is_left_out(encoder):
     ids = encoder._encode(["Look: 🦜"])[0]
     assert encoder.answer(ids)[0] == "Look: 🦜"
     assert encoder.answer(ids[:-1])[0] == "Look:"
@@ -334,7 +334,7 @@ def test_an_answer_comes_in_pieces_and_ends_at_eos(answerer):
 
 
 class Scripted:
-    """Answers what it is told to, and keeps what it was asked."""
+    """Gives the answers that it was made with, and keeps what it was asked."""
 
     def __init__(self, *answers, stops=True):
         self.answers, self.stops, self.asked = list(answers), stops, []
@@ -388,7 +388,7 @@ def test_the_commands_fit_80_columns():
     assert max(map(len, terminal.DIALOG_HELP.split("\n"))) < 80
 
 
-def test_commands_in_capitals_and_with_words_behind_them(talk):
+def test_commands_in_capitals_and_with_words_after_them(talk):
     out, asked = talk(["a", "/RESET now", "/System Be brief.", "e", "/Quit now", "g"], "b", "f")
     assert out[:4] == ["b", "(forgotten)", "(system: Be brief.)", "f"]
     assert [conversation.turns for conversation, _ in asked] == [turns("a"), turns("e")]
@@ -422,15 +422,15 @@ def test_what_cant_be_asked_changes_nothing(talk):
 
 
 @pytest.mark.parametrize(
-    ("answer", "told"),
+    ("answer", "expected"),
     [
         ("", "(the answer is empty: question and answer are forgotten)"),
         ("so [INST] so", "(the answer holds [INST]: question and answer are forgotten)"),
     ],
 )
-def test_an_answer_that_no_prompt_could_hold_is_forgotten(talk, answer, told):
+def test_an_answer_that_no_prompt_could_hold_is_forgotten(talk, answer, expected):
     out, asked = talk(["a", "b"], answer, "c")
-    assert out == [answer, told, "c", ""]
+    assert out == [answer, expected, "c", ""]
     assert asked[1][0].turns == turns("b")
 
 
@@ -440,8 +440,8 @@ def test_a_full_context_loses_its_first_turns_and_says_so(talk, answerer):
     assert [len(conversation.turns) for conversation, _ in asked] == [1, 3, 3, 5]
     assert asked[2][0].turns == turns("c", "d", long.strip())
     assert {conversation.system for conversation, _ in asked} == {"S"}
-    told = [line for line in out if line.startswith("(the first")]
-    assert told == ["(the first 2 turns no longer fit into 1024 tokens: left out)"]
+    notes = [line for line in out if line.startswith("(the first")]
+    assert notes == ["(the first 2 turns no longer fit into 1024 tokens: left out)"]
     for conversation, sampling in asked:
         assert len(answerer.encoder.prompt(conversation)) + sampling.max_new_tokens <= 1024
 
@@ -621,10 +621,12 @@ def test_a_sitting_at_a_terminal(here, user):
 
 
 @pytest.mark.parametrize(
-    ("template", "told"),
+    ("template", "expected"),
     [(None, "the Llama 2 format is used; for another, put its chat_template.jinja"), ("{{ x }}", "chat template is")],
 )
-def test_an_adapter_without_a_record_names_base_and_prompts_by_its_own_files(trained, tmp_path, capsys, template, told):
+def test_an_adapter_without_a_record_names_base_and_prompts_by_its_own_files(
+    trained, tmp_path, capsys, template, expected
+):
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(trained / "adapter" / name, tmp_path)
     if template:
@@ -632,4 +634,4 @@ def test_an_adapter_without_a_record_names_base_and_prompts_by_its_own_files(tra
     assert choose_adapter(adapter=str(tmp_path)).base.name == "demo"
     (line,) = capsys.readouterr().err.splitlines()
     assert "does not record its prompt format" in line
-    assert told in line
+    assert expected in line

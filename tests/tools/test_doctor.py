@@ -40,20 +40,20 @@ def _here(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def tell(capsys):
+def diagnose(capsys):
     """Runs the verb; returns its lines but the last, which counts them."""
 
-    def tell(*options, status=0):
+    def diagnose(*options, status=0):
         assert main(["doctor", *options]) == status
         shown = capsys.readouterr()
         assert shown.err == ""
         *lines, empty, last = shown.out.splitlines()
         assert empty == "" and last.startswith("problems: ")
         facts = [line for line in lines if not line.startswith("     ->")]
-        assert len({*facts}) == len(facts), "told twice"
+        assert len({*facts}) == len(facts), "reported twice"
         return lines
 
-    return tell
+    return diagnose
 
 
 def line(lines, start):
@@ -63,8 +63,8 @@ def line(lines, start):
     return lines[index], following[9:] if following.startswith("     ->") else ""
 
 
-def test_where_nothing_is_wrong(tell, tmp_path):
-    lines = tell()
+def test_where_nothing_is_wrong(diagnose, tmp_path):
+    lines = diagnose()
     kinds = {found[:7].strip() for found in lines}
     assert "problem" not in kinds
     for name in ("torch", "peft", "bitsandbytes"):
@@ -162,45 +162,45 @@ def test_versions_against_their_ranges(monkeypatch, name, version, kind):
         assert found[name].remedy.startswith(f"pip install '{name}>=")
 
 
-def test_a_package_that_fails_as_it_is_imported(tell, monkeypatch):
+def test_a_package_that_fails_as_it_is_imported(diagnose, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.delitem(sys.modules, "bitsandbytes.functional")
-    lines = tell("--base", "demo", status=2)
+    lines = diagnose("--base", "demo", status=2)
     assert line(lines, "bitsandbytes ")[0].startswith("problem  bitsandbytes 0.")
     assert "can't be imported (ModuleNotFoundError: import of bitsandbytes halted" in line(lines, "bitsandbytes ")[0]
 
 
-def test_four_bits_that_fail(tell, monkeypatch):
+def test_four_bits_that_fail(diagnose, monkeypatch):
     from bitsandbytes import functional
 
     def fails(*_, **__):
         raise RuntimeError("no kernel image is available\nfor execution")
 
     monkeypatch.setattr(functional, "quantize_4bit", fails)
-    lines = tell("--base", "demo", status=2)
+    lines = diagnose("--base", "demo", status=2)
     found, remedy = line(lines, "bitsandbytes: 4 bits fail on the cpu (RuntimeError: no kernel image is available for")
     assert found.startswith("problem") and remedy.startswith("python -m bitsandbytes")
 
 
-def test_a_part_that_breaks_does_not_end_it(tell, monkeypatch):
+def test_a_part_that_breaks_does_not_end_it(diagnose, monkeypatch):
     def breaks():
         raise OSError("odd")
         yield
 
     monkeypatch.setattr(surroundings, "host_memory", breaks)
-    lines = tell("--base", "demo", status=2)
+    lines = diagnose("--base", "demo", status=2)
     assert "problem  breaks: can't be inspected (OSError: odd)" in lines
     assert line(lines, "chosen: precision")
 
 
 @pytest.mark.parametrize(("version", "found"), [("0.10.0", True), ("0.16.0", False), (None, False)])
-def test_colab_s_torchao(tell, tmp_path, monkeypatch, version, found):
+def test_colab_s_torchao(diagnose, tmp_path, monkeypatch, version, found):
     """Found by peft's own function, as it raises in a user's code."""
     is_torchao_available.cache_clear()  # another test of this process may have asked
     if version:
         fake(tmp_path / "packages", "torchao", version, "raise AssertionError('nobody imports it')")
         monkeypatch.syspath_prepend(str(tmp_path / "packages"))
-    lines = tell("--base", "demo")
+    lines = diagnose("--base", "demo")
     assert any("torchao" in one for one in lines) == found
     if found:
         text, remedy = line(lines, "torchao: peft refuses every base that is not in 4 bits (Found an incompatible")
@@ -213,7 +213,7 @@ def test_colab_s_torchao(tell, tmp_path, monkeypatch, version, found):
 
 @pytest.fixture
 def card(monkeypatch, tmp_path):
-    """Puts a card in, as torch and the driver's program tell of it."""
+    """Puts a card in, as torch and the driver's program report it."""
 
     def card(name="Tesla T4", capability=(7, 5), free=14.4, total=14.56, usable=True, cuda="12.8"):
         monkeypatch.setattr(torch.version, "cuda", cuda)
@@ -242,9 +242,9 @@ def known(monkeypatch):
     monkeypatch.setattr("lit_qlora.model.base.find_base", lambda name, **_: doctor._known(name))
 
 
-def test_a_t4(tell, card, known):
+def test_a_t4(diagnose, card, known):
     card()
-    lines = tell(*T4)
+    lines = diagnose(*T4)
     assert "     ok  GPU: Tesla T4, compute capability 7.5, driver 550.54.15, 14.56 GiB, 14.40 free" in lines
     assert "     ok  chosen: precision 16-mixed (compute capability 7.5 has no bf16)" in lines
     attention = line(lines, "chosen: attention sdpa")[0]
@@ -254,10 +254,10 @@ def test_a_t4(tell, card, known):
     assert re.search(r"ok  (may )?fits?.* of 14\.\d\d GiB", "\n".join(lines))
 
 
-def test_cards_with_trouble(tell, card, monkeypatch):
+def test_cards_with_trouble(diagnose, card, monkeypatch):
     card("Tesla V100", (7, 0), 7.0, 16.0)
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_90a", "compute_120"])
-    lines = tell("--base", "demo", status=2)
+    lines = diagnose("--base", "demo", status=2)
     assert line(lines, "GPU: Tesla V100, compute capability 7.0")[0].endswith("has kernels from 7.5 on")
 
 
@@ -333,9 +333,9 @@ def test_pairs_of_which_some_are_direct(two_cards, monkeypatch):
     assert "GPUs: 3, which exchange gradients directly in 1 of 3 pairs, else through the host;" in found.text
 
 
-def test_a_card_that_another_process_holds(tell, card, known):
+def test_a_card_that_another_process_holds(diagnose, card, known):
     card(free=6.0)
-    lines = tell(*T4)
+    lines = diagnose(*T4)
     assert line(lines, "GPU: Tesla T4")[0].endswith("6.00 free: another process holds the rest")
     found, remedy = line(lines, "does not fit")
     assert found.startswith("   note") and remedy.startswith("python main.py plan --config colab_t4.yaml shows more")
@@ -348,13 +348,13 @@ def test_a_card_that_another_process_holds(tell, card, known):
         ("12.8", "GPU: Tesla T4 driver 550.54.15, and torch can't use it (RuntimeError: The NVIDIA driver is too old)"),
     ],
 )
-def test_a_card_that_torch_does_not_see(tell, card, monkeypatch, cuda, message):
+def test_a_card_that_torch_does_not_see(diagnose, card, monkeypatch, cuda, message):
     def init():
         raise RuntimeError("The NVIDIA driver is too old")
 
     card(usable=False, cuda=cuda)
     monkeypatch.setattr(torch.cuda, "init", init)
-    lines = tell("--base", "demo", status=2)
+    lines = diagnose("--base", "demo", status=2)
     assert line(lines, "GPU")[0] == f"problem  {message}"
 
 
@@ -370,9 +370,9 @@ def test_what_kernels_are_compiled_with(monkeypatch):
 # Room, token, base
 
 
-def test_a_disk_without_room(tell, monkeypatch):
+def test_a_disk_without_room(diagnose, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(100e9, 99e9, 1e9))
-    lines = tell(*T4, status=2)
+    lines = diagnose(*T4, status=2)
     assert (
         line(lines, "disk of the run folder: 1.0 GB free, 1.9 GB needed")[1]
         == "free some, or give --run on another disk"
@@ -383,19 +383,19 @@ def test_a_disk_without_room(tell, monkeypatch):
 
 def test_little_host_memory(monkeypatch):
     real = Path.read_text
-    told = "MemTotal: 4000000 kB\nMemFree: 9 kB\nMemAvailable: 1000000 kB\n"
-    monkeypatch.setattr(Path, "read_text", lambda self, **how: told if "meminfo" in str(self) else real(self, **how))
+    meminfo = "MemTotal: 4000000 kB\nMemFree: 9 kB\nMemAvailable: 1000000 kB\n"
+    monkeypatch.setattr(Path, "read_text", lambda self, **how: meminfo if "meminfo" in str(self) else real(self, **how))
     (found,) = surroundings.host_memory()
     assert found.kind == "note" and found.text.startswith("host memory: 3.8 GiB, 1.0 available; loading a 7B takes 2.2")
 
 
-def test_a_token_is_seen_and_not_shown(tell, monkeypatch, tmp_path):
-    assert "     ok  token: none; open bases need none" in "\n".join(tell("--base", "demo"))
+def test_a_token_is_seen_and_not_shown(diagnose, monkeypatch, tmp_path):
+    assert "     ok  token: none; open bases need none" in "\n".join(diagnose("--base", "demo"))
     (tmp_path / "token").write_text("hf_storedsecret123\n")
-    lines = tell("--base", "demo")
+    lines = diagnose("--base", "demo")
     assert "     ok  token: a stored one" in lines
     monkeypatch.setenv("HF_TOKEN", "oddsecret")
-    lines = tell("--base", "demo")
+    lines = diagnose("--base", "demo")
     assert "     ok  token: in the environment" in lines
     assert "secret" not in "\n".join(lines)
 
@@ -407,29 +407,31 @@ def answer(monkeypatch, error):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", ask)
 
 
-def test_a_gated_base(tell, monkeypatch):
+def test_a_gated_base(diagnose, monkeypatch):
     answer(monkeypatch, errors.GatedRepoError("gated", response=RESPONSE))
-    lines = tell("--base", "meta-llama/Llama-2-7b-hf", status=2)
+    lines = diagnose("--base", "meta-llama/Llama-2-7b-hf", status=2)
     found, remedy = line(lines, "base: meta-llama/Llama-2-7b-hf is gated: accept its licence on the hub, then set")
     assert found.startswith("problem") and remedy.startswith("or take an open copy")
 
 
 @pytest.mark.parametrize("asked", [T4, ("--base", "NousResearch/Llama-2-7b-hf")], ids=["config", "base"])
-def test_a_base_that_can_not_be_had_offline_is_a_problem(tell, asked):
-    found, remedy = line(tell(*asked, status=2), "base: 'NousResearch/Llama-2-7b-hf' is no folder here")
+def test_a_base_that_can_not_be_had_offline_is_a_problem(diagnose, asked):
+    found, remedy = line(diagnose(*asked, status=2), "base: 'NousResearch/Llama-2-7b-hf' is no folder here")
     assert found.startswith("problem") and found.endswith("(offline: whether it is gated is unknown)")
     assert remedy == "check the network or give a local folder"
 
 
-def test_bare_it_judges_what_a_bare_fit_runs_and_with_a_config_that(tell, tmp_path):
-    assert line(tell(), "base: demo may be read")
+def test_bare_it_judges_what_a_bare_fit_runs_and_with_a_config_that(diagnose, tmp_path):
+    assert line(diagnose(), "base: demo may be read")
     config = tmp_path / "mine.yaml"
     config.write_text("model:\n  base: demo\n  rank: 8\n  optimizer: adamw_8bit\ntrainer:\n  precision: bf16-mixed\n")
-    lines = tell("--config", str(config))
+    lines = diagnose("--config", str(config))
     assert line(lines, "chosen: optimizer adamw_8bit")[0].endswith("at rank 8)")
     assert line(lines, "chosen: precision bf16-mixed")
     config.write_text("model:\n  base: demo\n  rnak: 8\n")
-    assert line(tell("--config", str(config), status=2), "fit: unknown option 'model.rnak'")[0].startswith("problem")
+    assert line(diagnose("--config", str(config), status=2), "fit: unknown option 'model.rnak'")[0].startswith(
+        "problem"
+    )
 
 
 @pytest.mark.parametrize(
@@ -441,9 +443,9 @@ def test_bare_it_judges_what_a_bare_fit_runs_and_with_a_config_that(tell, tmp_pa
         ("trainer: {logger: NoLogger}", "fit: trainer.logger: no class 'NoLogger'"),
     ],
 )
-def test_a_value_that_fit_refuses_is_found(tell, tmp_path, config, found):
+def test_a_value_that_fit_refuses_is_found(diagnose, tmp_path, config, found):
     (tmp_path / "mine.yaml").write_text(config)
-    assert line(tell("--config", f"{tmp_path}/mine.yaml", status=2), found)[0].startswith("problem")
+    assert line(diagnose("--config", f"{tmp_path}/mine.yaml", status=2), found)[0].startswith("problem")
 
 
 def test_a_config_that_is_not_there(capsys):
@@ -451,13 +453,13 @@ def test_a_config_that_is_not_there(capsys):
     assert capsys.readouterr().err.startswith("error: config: no file nope.yaml")
 
 
-def test_what_launchers_left_is_reported(tell, monkeypatch):
+def test_what_launchers_left_is_reported(diagnose, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert line(tell(), "LOCAL_RANK=1 in the environment is ignored")[0].startswith("   note")
+    assert line(diagnose(), "LOCAL_RANK=1 in the environment is ignored")[0].startswith("   note")
     monkeypatch.setenv("RANK", "1")
-    assert line(tell(status=2), "RANK=1 in the environment, and no WORLD_SIZE")[0].startswith("problem")
+    assert line(diagnose(status=2), "RANK=1 in the environment, and no WORLD_SIZE")[0].startswith("problem")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    found, remedy = line(tell(status=2), "WORLD_SIZE=2 in the environment: several processes were started")
+    found, remedy = line(diagnose(status=2), "WORLD_SIZE=2 in the environment: several processes were started")
     assert found.startswith("problem") and remedy.startswith("start python main.py by itself")
 
 

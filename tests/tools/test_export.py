@@ -1,4 +1,4 @@
-"""main.py export: llama.cpp's script is found and called as it is to be; a stand-in for it notes what it was told."""
+"""main.py export: llama.cpp's script is found and called as it is to be; a stand-in for it records the call."""
 
 import json
 import re
@@ -19,8 +19,8 @@ from tests.small_bases import save_base
 STAND_IN = """
 import json, pathlib, sys
 model, output = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[sys.argv.index("--outfile") + 1])
-told = {"options": sys.argv[2:], "config": json.loads((model / "config.json").read_text())}
-pathlib.Path(__file__).with_name("told.json").write_text(json.dumps(told))
+call = {"options": sys.argv[2:], "config": json.loads((model / "config.json").read_text())}
+pathlib.Path(__file__).with_name("call.json").write_text(json.dumps(call))
 output.write_bytes(%r)
 print("a line of log")
 sys.exit(%r)
@@ -77,9 +77,9 @@ def test_a_merged_model(llama_cpp, merged, tmp_path, capsys):
     text = target.with_suffix(".Modelfile").read_text(encoding="utf-8")
     assert text.startswith("FROM ./mine.gguf\nTEMPLATE ")
     assert text.endswith('SYSTEM """Be brief."""\n')
-    told = json.loads((tmp_path / "llama.cpp" / "told.json").read_text())
+    call = json.loads((tmp_path / "llama.cpp" / "call.json").read_text())
     unfinished = str(target.parent / ".mine.gguf.part")
-    assert told["options"] == ["--outfile", unfinished, "--outtype", "q8_0", "--model-name", "mine"]
+    assert call["options"] == ["--outfile", unfinished, "--outtype", "q8_0", "--model-name", "mine"]
     assert f"try it: ollama create mine -f '{tmp_path}/new one/mine.Modelfile' && " in capsys.readouterr().out
 
 
@@ -111,45 +111,45 @@ def test_an_adapter_is_merged_on_the_way(llama_cpp, adapter, tmp_path, monkeypat
     options = ["--adapter", str(adapter), "--base", str(base), "--output", str(target), "--outtype", outtype]
     assert main(["export", *options]) == 0
     assert {path.name for path in target.parent.iterdir()} == {"mine.gguf", "mine.Modelfile"}
-    told = json.loads((tmp_path / "llama.cpp" / "told.json").read_text())
-    assert told["config"]["torch_dtype"] == dtype
+    call = json.loads((tmp_path / "llama.cpp" / "call.json").read_text())
+    assert call["config"]["torch_dtype"] == dtype
 
 
 def test_a_model_in_4_bits(llama_cpp, merged, tmp_path, capsys):
     config = json.loads((merged / "config.json").read_text())
     (merged / "config.json").write_text(json.dumps(config | {"quantization_config": {"load_in_4bit": True}}))
-    told = refusal(capsys, "--model", merged, "--output", tmp_path / "x.gguf")
-    check_line(told, "4 bits", "--dtype float16", begins=f"error: model: {merged} ")
+    error = refusal(capsys, "--model", merged, "--output", tmp_path / "x.gguf")
+    check_line(error, "4 bits", "--dtype float16", begins=f"error: model: {merged} ")
 
 
 def test_a_model_with_other_weights_beside_its_own(llama_cpp, merged, tmp_path, capsys):
     """Which llama.cpp would take for parts of it."""
     (merged / "model-00002-of-00002.safetensors").touch()
-    told = refusal(capsys, "--model", merged, "--output", tmp_path / "x.gguf")
-    assert "llama.cpp would read them too: move model-00002-of-00002.safetensors away" in told
-    assert not (llama_cpp() / "told.json").exists()
+    error = refusal(capsys, "--model", merged, "--output", tmp_path / "x.gguf")
+    assert "llama.cpp would read them too: move model-00002-of-00002.safetensors away" in error
+    assert not (llama_cpp() / "call.json").exists()
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
 def test_a_model_with_code_of_its_own(llama_cpp, merged, tmp_path, capsys, name):
-    told = json.loads((merged / name).read_text()) | {"auto_map": {"AutoConfig": "evil--x.Evil"}}
-    (merged / name).write_text(json.dumps(told))
-    told = refusal(capsys, "--model", merged, "--output", tmp_path / "x.gguf")
-    assert f"comes with code of its own: take auto_map out of its {name}" in told
-    assert not (llama_cpp() / "told.json").exists()
+    settings = json.loads((merged / name).read_text()) | {"auto_map": {"AutoConfig": "evil--x.Evil"}}
+    (merged / name).write_text(json.dumps(settings))
+    error = refusal(capsys, "--model", merged, "--output", tmp_path / "x.gguf")
+    assert f"comes with code of its own: take auto_map out of its {name}" in error
+    assert not (llama_cpp() / "call.json").exists()
 
 
 def test_without_llama_cpp(merged, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("LLAMA_CPP", raising=False)
-    told = refusal(capsys, "--model", merged, "--output", tmp_path / "x.gguf")
+    error = refusal(capsys, "--model", merged, "--output", tmp_path / "x.gguf")
     assert re.fullmatch(
-        r"error: export: llama\.cpp's convert_hf_to_gguf\.py is not here; git clone .* LLAMA_CPP=.*\n", told
+        r"error: export: llama\.cpp's convert_hf_to_gguf\.py is not here; git clone .* LLAMA_CPP=.*\n", error
     )
-    told = refusal(capsys, "--run", tmp_path / "nope", "--output", tmp_path / "out.gguf")
-    assert told.startswith(f"error: run: {tmp_path / 'nope'}") and "llama.cpp" not in told
+    error = refusal(capsys, "--run", tmp_path / "nope", "--output", tmp_path / "out.gguf")
+    assert error.startswith(f"error: run: {tmp_path / 'nope'}") and "llama.cpp" not in error
     monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
-    told = refusal(capsys, "--model", merged, "--output", tmp_path / "x.gguf")
-    check_line(told, "no convert_hf_to_gguf.py", tmp_path, "llama.cpp's folder", begins="error: LLAMA_CPP: ")
+    error = refusal(capsys, "--model", merged, "--output", tmp_path / "x.gguf")
+    check_line(error, "no convert_hf_to_gguf.py", tmp_path, "llama.cpp's folder", begins="error: LLAMA_CPP: ")
 
 
 def test_the_script_may_be_on_the_path(llama_cpp, merged, tmp_path, monkeypatch):
@@ -170,19 +170,19 @@ def test_the_script_may_be_on_the_path(llama_cpp, merged, tmp_path, monkeypatch)
 )
 def test_a_conversion_that_fails_leaves_nothing(llama_cpp, merged, tmp_path, capsys, content, status, expected):
     llama_cpp(content, status)
-    told = refusal(capsys, "--model", merged, "--output", tmp_path / "out" / "x.gguf")
-    assert told == f"error: export: convert_hf_to_gguf.py {expected}\n"
+    error = refusal(capsys, "--model", merged, "--output", tmp_path / "out" / "x.gguf")
+    assert error == f"error: export: convert_hf_to_gguf.py {expected}\n"
     assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_without_tokenizer_model(llama_cpp, merged, tmp_path, capsys):
     """llama.cpp would split text otherwise: the scores by which it merges pieces are in no other file."""
     (merged / "tokenizer.model").unlink()
-    told = refusal(capsys, "--model", merged, "--output", tmp_path / "x.gguf")
-    assert told.startswith(
+    error = refusal(capsys, "--model", merged, "--output", tmp_path / "x.gguf")
+    assert error.startswith(
         f"error: export: {merged} has no tokenizer.model, and without it llama.cpp would split text "
     )
-    assert not (tmp_path / "llama.cpp" / "told.json").exists()
+    assert not (tmp_path / "llama.cpp" / "call.json").exists()
 
 
 @pytest.mark.parametrize(("like", "tokenizer"), [("qwen3", "qwen"), ("llama 3.2", "llama 3")])
@@ -190,15 +190,15 @@ def test_a_byte_level_tokenizer_needs_no_tokenizer_model(llama_cpp, tmp_path, li
     """llama.cpp reads its merges off tokenizer.json, and knows by a table how it splits."""
     folder = save_base(tmp_path / "base", like, tokenizer)
     assert main(["export", "--model", str(folder), "--output", str(tmp_path / "x.gguf")]) == 0
-    told = json.loads((tmp_path / "llama.cpp" / "told.json").read_text(encoding="utf-8"))
-    assert told["config"]["architectures"] == ["Qwen3ForCausalLM" if like == "qwen3" else "LlamaForCausalLM"]
+    call = json.loads((tmp_path / "llama.cpp" / "call.json").read_text(encoding="utf-8"))
+    assert call["config"]["architectures"] == ["Qwen3ForCausalLM" if like == "qwen3" else "LlamaForCausalLM"]
 
 
 @pytest.mark.parametrize("name", ["x.gguf", "x.Modelfile"])
 def test_what_stands_there_is_kept(llama_cpp, merged, tmp_path, capsys, name):
     (tmp_path / name).write_text("mine")
-    told = refusal(capsys, "--model", merged, "--output", tmp_path / "x.gguf")
-    check_line(told, "exists already", "another name", begins=f"error: output: {tmp_path / name} ")
+    error = refusal(capsys, "--model", merged, "--output", tmp_path / "x.gguf")
+    check_line(error, "exists already", "another name", begins=f"error: output: {tmp_path / name} ")
     assert (tmp_path / name).read_text() == "mine"
 
 
@@ -206,11 +206,11 @@ def test_what_stands_there_is_kept(llama_cpp, merged, tmp_path, capsys, name):
 def test_a_disk_without_room(llama_cpp, merged, adapter, tmp_path, capsys, monkeypatch, source):
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1_000_000}))
     options = ["--model", merged] if source == "model" else ["--adapter", adapter, "--base", merged]
-    told = refusal(capsys, *options, "--output", tmp_path / "out" / "x.gguf")
-    assert re.match(r"error: output: \S+x.gguf needs \d\.\d MB, and the disk has 1\.0 MB left; free some, or ", told)
+    error = refusal(capsys, *options, "--output", tmp_path / "out" / "x.gguf")
+    assert re.match(r"error: output: \S+x.gguf needs \d\.\d MB, and the disk has 1\.0 MB left; free some, or ", error)
     assert not (tmp_path / "out").exists()
 
 
 def test_options_that_do_not_go_together(llama_cpp, merged, tmp_path, capsys):
-    told = refusal(capsys, "--model", merged, "--run", "./x", "--output", tmp_path / "x.gguf")
-    assert told.startswith("error: model: it is merged already")
+    error = refusal(capsys, "--model", merged, "--run", "./x", "--output", tmp_path / "x.gguf")
+    assert error.startswith("error: model: it is merged already")

@@ -57,8 +57,8 @@ def test_answers_stop_at_either_end_wherever_they_are_made(tmp_path, monkeypatch
     capsys.readouterr()
     assert main(["merge", "--run", "own", "--output", "merged", "--dtype", "float32"]) == 0
     for name in ("config.json", "generation_config.json"):
-        told = json.loads(Path("merged", name).read_text(encoding="utf-8"))
-        assert (told["eos_token_id"], told["pad_token_id"]) == ([EOT, END_OF_TEXT], END_OF_TEXT)
+        settings = json.loads(Path("merged", name).read_text(encoding="utf-8"))
+        assert (settings["eos_token_id"], settings["pad_token_id"]) == ([EOT, END_OF_TEXT], END_OF_TEXT)
     script = 'import sys, pathlib\npathlib.Path(sys.argv[sys.argv.index("--outfile") + 1]).write_bytes(b"GGUF")\n'
     Path("convert_hf_to_gguf.py").write_text(script, encoding="utf-8")
     monkeypatch.setenv("LLAMA_CPP", str(tmp_path))

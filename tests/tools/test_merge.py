@@ -126,12 +126,12 @@ def test_on_a_real_model_and_real_rows(real, tmp_path, capsys):
     run = fit(tmp_path / "run", *options, "--trainer.max_steps", "8")
     capsys.readouterr()
     assert main(["merge", "--run", str(run), "--output", str(tmp_path / "out"), "--dtype", "float32"]) == 0
-    told = " ".join(capsys.readouterr().out.split())
-    assert "held-out conversations of openassistant_best_replies_eval_first259.jsonl, on " in told
-    assert "the likeliest token the same at 100.00%" in told
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "held-out conversations of openassistant_best_replies_eval_first259.jsonl, on " in printed
+    assert "the likeliest token the same at 100.00%" in printed
     assert_is_base_and_adapter(tmp_path / "out", base, run)
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == (base / "tokenizer.model").read_bytes()
-    assert not (tmp_path / "out" / "LICENSE.txt").exists() and "LICENSE.txt of the base is a link" in told
+    assert not (tmp_path / "out" / "LICENSE.txt").exists() and "LICENSE.txt of the base is a link" in printed
 
 
 def test_compared_is_what_the_run_held_out_although_the_source_grew(run, tmp_path):
@@ -185,7 +185,7 @@ HUB = ("load_and_register_attn_kernel", "get_kernel", "kernelize", "register_ker
 
 @pytest.fixture
 def odd_base(tmp_path, monkeypatch):
-    """The demo, with files that would have code run, other weights loaded, and answers go on behind their EOS."""
+    """The demo, with files that would have code run, other weights loaded, and answers continue after their EOS."""
 
     def refuse(*args, **options):
         raise AssertionError(f"code was asked for: {args} {options}")
@@ -239,8 +239,8 @@ def test_16_bits_in_several_files(run, tmp_path, monkeypatch, capsys, dtype, lar
     assert len(list(target.glob("model-*.safetensors"))) >= 4
     model = AutoModelForCausalLM.from_pretrained(target)
     assert model.dtype == getattr(torch, dtype)
-    told = capsys.readouterr().out.split("greatest difference of a logit ")[1]
-    assert 0 < float(told.split(",")[0]) < largest
+    printed = capsys.readouterr().out.split("greatest difference of a logit ")[1]
+    assert 0 < float(printed.split(",")[0]) < largest
 
 
 def test_onto_the_original_weights(run, tmp_path, capsys):
@@ -260,7 +260,7 @@ def test_the_command_to_serve_it_can_be_pasted(run, capsys, monkeypatch):
     assert "vllm serve 'my model'\n" in capsys.readouterr().out
 
 
-# What is refused, and what is left behind
+# What is refused, and which files are left
 
 
 def refusal(capsys, *options) -> str:
@@ -270,16 +270,16 @@ def refusal(capsys, *options) -> str:
 
 def test_an_output_that_stands_there(run, merged, capsys):
     before = (merged / "config.json").stat().st_mtime_ns
-    told = refusal(capsys, "--run", run, "--output", merged)
-    check_line(told, "exists already", "another name", begins=f"error: output: {merged} ")
+    error = refusal(capsys, "--run", run, "--output", merged)
+    check_line(error, "exists already", "another name", begins=f"error: output: {merged} ")
     assert (merged / "config.json").stat().st_mtime_ns == before
 
 
 def test_a_disk_without_room(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10_000_000}))
-    told = refusal(capsys, "--run", run, "--output", tmp_path / "a" / "out")
+    error = refusal(capsys, "--run", run, "--output", tmp_path / "a" / "out")
     words = "needs 70.3 MB", "10.0 MB left", "another disk"
-    check_line(told, *words, begins=f"error: output: {tmp_path / 'a' / 'out'} ")
+    check_line(error, *words, begins=f"error: output: {tmp_path / 'a' / 'out'} ")
 
 
 def test_a_disk_that_fills_up_on_the_way(run, tmp_path, capsys, monkeypatch):
@@ -287,9 +287,9 @@ def test_a_disk_that_fills_up_on_the_way(run, tmp_path, capsys, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(weight_files, "save_file", full)
-    told = refusal(capsys, "--run", run, "--output", tmp_path / "out")
-    assert told.startswith(f"error: output: {tmp_path / 'out'} can't be written: ")
-    assert "No space left on device" in told
+    error = refusal(capsys, "--run", run, "--output", tmp_path / "out")
+    assert error.startswith(f"error: output: {tmp_path / 'out'} can't be written: ")
+    assert "No space left on device" in error
     assert list(tmp_path.iterdir()) == []
 
 
@@ -301,8 +301,8 @@ def test_a_wrong_merge_is_not_kept(run, tmp_path, capsys, monkeypatch):
         self._config = self._config | {"lora_alpha": 2 * self._config["lora_alpha"]}
 
     monkeypatch.setattr(LoraWeights, "__init__", twice)
-    told = refusal(capsys, "--run", run, "--output", tmp_path / "out", "--dtype", "float32")
-    assert told.startswith("error: output: not kept, for the merged model is not base + adapter: on ")
+    error = refusal(capsys, "--run", run, "--output", tmp_path / "out", "--dtype", "float32")
+    assert error.startswith("error: output: not kept, for the merged model is not base + adapter: on ")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -316,7 +316,7 @@ def copy_adapter(run: Path, folder: Path) -> Path:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_the_base_is_rounded_as_it_was_in_training(run, tmp_path, dtype):
-    """On a GPU the base is in 16 bits before it goes to 4; which 16, the adapter's record tells."""
+    """On a GPU the base is in 16 bits before it goes to 4; which 16, the adapter's record says."""
     adapter = copy_adapter(run, tmp_path / "adapter")
     record = json.loads((adapter / "lit_qlora.json").read_text())
     assert record["base_dtype"] == "float32"
@@ -338,12 +338,12 @@ def test_values_that_16_bits_do_not_hold(run, tmp_path, capsys):
     stored[key] = torch.full_like(stored[key], 1e6)
     save_file(stored, folder / "adapter_model.safetensors")
     options = ["--adapter", folder, "--base", "demo", "--output", tmp_path / "out"]
-    told = refusal(capsys, *options, "--dtype", "float16")
-    assert told.startswith("error: dtype: model.layers.1.mlp.up_proj.weight has values that float16 can't hold; give ")
+    error = refusal(capsys, *options, "--dtype", "float16")
+    assert error.startswith("error: dtype: model.layers.1.mlp.up_proj.weight has values that float16 can't hold; give ")
     assert not (tmp_path / "out").exists()
 
 
-def test_what_a_kill_left_behind_is_cleared(run, tmp_path):
+def test_what_a_kill_left_is_cleared(run, tmp_path):
     left = tmp_path / ".out.tmp-1-0123abcd"
     left.mkdir()
     (left / "model-00001.safetensors").write_bytes(b"half")

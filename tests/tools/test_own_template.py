@@ -97,11 +97,11 @@ def test_the_same_command_is_the_same_run_and_another_template_is_another(run, c
     assert main([*fit, "--data.template", "mine.jinja"]) == 0
     assert "is finished" in capsys.readouterr().out
     Path("mine.jinja").write_text(SOURCE + "{# changed #}", encoding="utf-8")
-    told = refusal(capsys, *fit, "--data.template", "mine.jinja")
+    error = refusal(capsys, *fit, "--data.template", "mine.jinja")
     assert re.fullmatch(
         r"run: runs/mine was started with other settings: data\.template: \{%- for message in messages %\} \{\{- bos_t"
         r"… \(\d+ characters, sha256 [0-9a-f]{12}\) -> .* sha256 [0-9a-f]{12}\); give --run NAME to start another run",
-        told,
+        error,
     )
     assert "data.template" in refusal(capsys, *fit, "--config", demo_config())
     Path("mine.jinja").unlink()  # the run has its own
@@ -135,12 +135,12 @@ def test_validate_scores_by_the_adapter_s_own_template(run, capsys):
     assert main(scored) == 0
     assert capsys.readouterr().out.splitlines()[-3:] == own.splitlines()[-3:]
     Path("mine.jinja").write_text("{# other #}" + SOURCE, encoding="utf-8")
-    told = refusal(capsys, *scored, "--data.template", "mine.jinja")
-    assert told.startswith(f"data.template: runs/mine/adapter was trained with sha256 {digest}, and is given sha256 ")
-    told = refusal(
+    error = refusal(capsys, *scored, "--data.template", "mine.jinja")
+    assert error.startswith(f"data.template: runs/mine/adapter was trained with sha256 {digest}, and is given sha256 ")
+    error = refusal(
         capsys, "fit", "--run", "runs/more", "--model.adapter", run / "adapter", "--data.template", "mine.jinja"
     )
-    assert told.endswith("; leave it out, and the adapter's own is taken")
+    assert error.endswith("; leave it out, and the adapter's own is taken")
 
 
 def test_an_altered_template_is_refused(run, capsys):
@@ -165,11 +165,11 @@ def test_a_bad_template_is_one_line_before_anything_is_loaded(tmp_path, monkeypa
     )
     assert refusal(capsys, "plan", *fit[3:]).startswith("data.template: with a conversation of 2 turns: the answer")
     Path("t.jinja").write_text("{% for m in messages %}\n{{ m.content }", encoding="utf-8")
-    told = refusal(capsys, *fit)
-    assert told.startswith("data.template: t.jinja: line 2") and "unexpected '}'" in told
+    error = refusal(capsys, *fit)
+    assert error.startswith("data.template: t.jinja: line 2") and "unexpected '}'" in error
     fit[-1] = str(CHATML)
-    told = refusal(capsys, *fit, "--samples.prompts", '["<|im_start|>user"]')
-    assert told.startswith("samples.prompts: ") and "without <|im_start|>user" in told
+    error = refusal(capsys, *fit, "--samples.prompts", '["<|im_start|>user"]')
+    assert error.startswith("samples.prompts: ") and "without <|im_start|>user" in error
     assert refusal(capsys, *fit, "--data.system", "<|im_start|>user").startswith("data.system: expected a text without")
     assert not Path("runs").exists() or not any(Path("runs").iterdir())
 

@@ -127,7 +127,7 @@ def test_a_class_of_ones_own_that_a_fit_refuses_is_refused_in_the_same_words(tra
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "told"),
+    ("name", "changes", "expected"),
     [
         (
             "config.json",
@@ -138,12 +138,12 @@ def test_a_class_of_ones_own_that_a_fit_refuses_is_refused_in_the_same_words(tra
         ("tokenizer_config.json", {"eos_token": ""}, "has an empty eos_token"),
     ],
 )
-def test_a_base_that_a_fit_refuses_is_refused(capsys, tmp_path, name, changes, told):
+def test_a_base_that_a_fit_refuses_is_refused(capsys, tmp_path, name, changes, expected):
     base = shutil.copytree(demo.BASE, tmp_path / "base")
     (base / name).write_text(json.dumps(json.loads((base / name).read_text()) | changes))
     assert main(["plan", "--model.base", str(base)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert told in line
+    assert expected in line
 
 
 def test_recorded_kernels_are_the_first_to_go(plan):
@@ -151,7 +151,7 @@ def test_recorded_kernels_are_the_first_to_go(plan):
     assert line == "does not fit: 9.66 of 8.00 GiB; 7.12 with --model.cuda_graphs false"
 
 
-def test_what_the_change_gives_fits_when_it_is_planned_again(plan):
+def test_what_the_change_gives_fits_when_plan_runs_again(plan):
     line = plan("--config", T4, "--gpu-gib", "6.5")[-1]
     words = re.fullmatch(r"does not fit: 6\.97 of 6\.50 GiB; 5\.\d\d with (.*)", line)[1]
     assert plan("--config", T4, "--gpu-gib", "6.5", *words.split())[-1].startswith("fits: 5.")

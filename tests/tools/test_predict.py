@@ -151,7 +151,7 @@ def test_twenty_kills_change_nothing(here, slow, capsys):
             rounds += 1
             if kills < 20:
                 target.unlink()
-                part.unlink(missing_ok=True)  # killed right behind the renaming
+                part.unlink(missing_ok=True)  # killed right after the renaming
     assert len({*done}) > 5  # the kills fell into the midst of it
     assert len(read("answers.jsonl")) == 160
     # A batch is made again only where a kill fell between its making and its line.
@@ -174,7 +174,7 @@ def _lines(path):
 
 @pytest.mark.slow
 def test_kills_of_the_real_thing(here, environment):
-    """The process as a user starts it, with its model, killed behind its second batch and within its start."""
+    """The process as a user starts it, with its model, killed after its second batch and within its start."""
     options = ["--temperature", "0.9", "--batch_size", "2"]
     assert predict(*options, output="whole.jsonl") == 0
     command = ["predict", "--prompts", "prompts.txt", "--output", "answers.jsonl", *ENOUGH, *options]
@@ -290,7 +290,7 @@ def test_a_file_of_somebody_else_stays(here, slow, capsys):
     assert (here / ".answers.jsonl.part").read_text() == "my thesis\n"
 
 
-def test_a_full_disk_is_one_line_and_the_same_command_goes_on(here, slow, capsys, monkeypatch):
+def test_a_full_disk_is_one_line_and_the_same_command_resumes(here, slow, capsys, monkeypatch):
     real, left = os.fsync, [3]
 
     def full(descriptor):

@@ -98,9 +98,9 @@ def push(client, capsys, monkeypatch):
 
     def call(*options):
         status = main(["push", *map(str, options)])
-        told = capsys.readouterr()
-        assert TOKEN not in told.out + told.err
-        return subprocess.CompletedProcess([], status, told.out, told.err)
+        printed = capsys.readouterr()
+        assert TOKEN not in printed.out + printed.err
+        return subprocess.CompletedProcess([], status, printed.out, printed.err)
 
     return call
 
@@ -115,9 +115,9 @@ def refusal(push):
     return call
 
 
-def assert_says(told: str, option: str, *words: str) -> None:
-    assert told.startswith(f"error: {option}: ") and told.count("\n") == 1, told
-    assert [word for word in words if word not in told] == []
+def assert_says(error: str, option: str, *words: str) -> None:
+    assert error.startswith(f"error: {option}: ") and error.count("\n") == 1, error
+    assert [word for word in words if word not in error] == []
 
 
 def only_read(hub) -> bool:
@@ -161,8 +161,8 @@ def test_by_the_chunks_that_the_hub_prefers(hub, environment, adapter):
     arrived = hub.repositories["ann/mine"].files
     assert arrived["adapter_model.safetensors"] == FILES["adapter_model.safetensors"]
     assert hub.sent("POST /v1/xorbs/")
-    told = {(server, authorization) for server, _, authorization in hub.requests if authorization}
-    assert told == {("hub", f"Bearer {TOKEN}"), ("store", f"Bearer {hub_server.STORE_TOKEN}")}
+    tokens = {(server, authorization) for server, _, authorization in hub.requests if authorization}
+    assert tokens == {("hub", f"Bearer {TOKEN}"), ("store", f"Bearer {hub_server.STORE_TOKEN}")}
 
 
 def test_a_run_s_own_adapter(hub, push, trained, tmp_path):
@@ -195,8 +195,8 @@ def test_public_is_said(hub, push, adapter):
 
 def test_a_public_repository_is_not_sent_to_unasked(hub, refusal, adapter):
     hub.repositories["ann/mine"] = Repository(private=False)
-    told = refusal("--adapter", adapter, "--to", "ann/mine", "--yes")
-    assert_says(told, "to", "ann/mine", "public", "--public")
+    error = refusal("--adapter", adapter, "--to", "ann/mine", "--yes")
+    assert_says(error, "to", "ann/mine", "public", "--public")
     assert only_read(hub)
 
 
@@ -206,8 +206,8 @@ def test_one_that_becomes_public_meanwhile(hub, refusal, adapter):
             hub.repositories["ann/mine"] = Repository(private=False)
 
     hub.before_answer = race
-    told = refusal("--adapter", adapter, "--to", "ann/mine", "--yes")
-    assert "ann/mine is not as it was asked for; nothing was sent" in told
+    error = refusal("--adapter", adapter, "--to", "ann/mine", "--yes")
+    assert "ann/mine is not as it was asked for; nothing was sent" in error
     assert hub.repositories["ann/mine"].files == {}
     assert not hub.sent("preupload")
 
@@ -249,13 +249,13 @@ def test_at_a_terminal_it_asks(hub, environment, adapter, answer, is_sent):
     assert bool(hub.repositories) is is_sent
 
 
-# Going on after a cut
+# Resuming after a cut
 
 
 def test_what_is_there_is_not_sent_again(hub, push, refusal, adapter):
     hub.fails["/commit/"] = 502
-    told = refusal("--adapter", adapter, "--to", "ann/mine", "--yes")
-    assert told.startswith(
+    error = refusal("--adapter", adapter, "--to", "ann/mine", "--yes")
+    assert error.startswith(
         "error: push: the hub can't be reached or broke off; give the same command again, it resumes: "
     )
     assert hub.repositories["ann/mine"].files == {}
@@ -273,8 +273,8 @@ def test_what_is_there_is_not_sent_again(hub, push, refusal, adapter):
 
 def test_no_hub_at_all(hub, refusal, adapter):
     hub.close()
-    told = refusal("--adapter", adapter, "--to", "ann/mine", "--yes")
-    assert "the hub can't be reached or broke off; give the same command again, it resumes: " in told
+    error = refusal("--adapter", adapter, "--to", "ann/mine", "--yes")
+    assert "the hub can't be reached or broke off; give the same command again, it resumes: " in error
 
 
 def test_an_adapter_that_training_replaces_meanwhile(hub, refusal, adapter):
@@ -284,8 +284,8 @@ def test_an_adapter_that_training_replaces_meanwhile(hub, refusal, adapter):
             write_folder(adapter, lambda folder: [(folder / n).write_bytes(c) for n, c in better.items()], replace=True)
 
     hub.before_answer = train
-    told = refusal("--adapter", adapter, "--to", "ann/mine", "--yes")
-    assert_says(told, "push", str(adapter), "changed", "none of it")
+    error = refusal("--adapter", adapter, "--to", "ann/mine", "--yes")
+    assert_says(error, "push", str(adapter), "changed", "none of it")
     assert hub.repositories["ann/mine"].files == {}
 
 
@@ -294,8 +294,8 @@ def test_an_adapter_that_training_replaces_meanwhile(hub, refusal, adapter):
 
 def test_no_token(hub, refusal, adapter, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
-    told = refusal("--adapter", adapter, "--to", "ann/mine", "--yes")
-    assert_says(told, "push", "no token", "HF_TOKEN", "hf auth login")
+    error = refusal("--adapter", adapter, "--to", "ann/mine", "--yes")
+    assert_says(error, "push", "no token", "HF_TOKEN", "hf auth login")
     assert hub.requests == []
 
 
@@ -320,42 +320,42 @@ def test_the_stored_login(hub, push, environment, adapter, monkeypatch):
 )
 def test_a_wrong_token(hub, refusal, adapter, monkeypatch, token, expected):
     monkeypatch.setenv("HF_TOKEN", token)
-    told = refusal("--adapter", adapter, "--to", "ann/mine", "--yes")
-    assert told == f"error: push: {expected}\n"
+    error = refusal("--adapter", adapter, "--to", "ann/mine", "--yes")
+    assert error == f"error: push: {expected}\n"
     assert only_read(hub)
 
 
 def test_a_token_that_may_only_read(hub, refusal, adapter):
     hub.role = "read"
-    told = refusal("--adapter", adapter, "--to", "ann/mine", "--yes")
-    assert_says(told, "push", "token of ann", "only read")
+    error = refusal("--adapter", adapter, "--to", "ann/mine", "--yes")
+    assert_says(error, "push", "token of ann", "only read")
 
 
 def test_somebody_else_s_name(hub, refusal, adapter):
     hub.fails["create"] = 403
-    told = refusal("--adapter", adapter, "--to", "bob/mine", "--yes")
-    assert told.startswith("error: push: this account, or its token, may not write to bob/mine (403): ")
+    error = refusal("--adapter", adapter, "--to", "bob/mine", "--yes")
+    assert error.startswith("error: push: this account, or its token, may not write to bob/mine (403): ")
 
 
 @pytest.mark.parametrize("name", ["mine", "ann/mine/x", "ann/", "ann/my adapter", ""])
 def test_no_name_of_a_repository(hub, refusal, adapter, name):
-    told = refusal("--adapter", adapter, f"--to={name}", "--yes")
-    assert_says(told, "to", "NAME/REPO", repr(name))
+    error = refusal("--adapter", adapter, f"--to={name}", "--yes")
+    assert_says(error, "to", "NAME/REPO", repr(name))
     assert hub.requests == []
 
 
 def test_two_kinds_in_one_repository(hub, refusal, adapter):
     hub.repositories["ann/mine"] = Repository(private=True, files={"config.json": b"{}"})
-    told = refusal("--adapter", adapter, "--to", "ann/mine", "--yes")
-    assert_says(told, "to", "ann/mine", "another kind", "config.json")
+    error = refusal("--adapter", adapter, "--to", "ann/mine", "--yes")
+    assert_says(error, "to", "ann/mine", "another kind", "config.json")
     assert only_read(hub)
 
 
 def test_an_altered_file(hub, refusal, adapter):
     (adapter / "adapter_config.json").write_bytes(b'{"peft_type": "lora"}')
-    told = refusal("--adapter", adapter, "--to", "ann/mine", "--yes")
-    assert told.startswith(f"error: {adapter}: 'adapter_config.json': expected sha256=")
-    assert told.endswith("it was altered or cut short after it was saved, and is not sent\n")
+    error = refusal("--adapter", adapter, "--to", "ann/mine", "--yes")
+    assert error.startswith(f"error: {adapter}: 'adapter_config.json': expected sha256=")
+    assert error.endswith("it was altered or cut short after it was saved, and is not sent\n")
     assert hub.requests == []
 
 
@@ -367,8 +367,8 @@ def test_a_card_may_be_edited(hub, push, adapter):
 
 def test_a_card_that_is_no_utf_8_is_not_sent(hub, refusal, adapter):
     (adapter / "README.md").write_bytes(b"caf\xe9")
-    told = refusal("--adapter", adapter, "--to", "ann/mine", "--yes")
-    check_line(told, "not UTF-8 (byte 3)", "nothing was sent", begins=f"error: {adapter / 'README.md'}: ")
+    error = refusal("--adapter", adapter, "--to", "ann/mine", "--yes")
+    check_line(error, "not UTF-8 (byte 3)", "nothing was sent", begins=f"error: {adapter / 'README.md'}: ")
     assert only_read(hub)
 
 
@@ -385,9 +385,9 @@ def test_an_edited_card_makes_no_damaged_adapter(trained, tmp_path, capsys):
 
 def test_a_token_in_a_text(hub, refusal, adapter):
     (adapter / "README.md").write_text(f"log in with {TOKEN}\n")
-    told = refusal("--adapter", adapter, "--to", "ann/mine", "--yes")
-    assert_says(told, "push", str(adapter / "README.md"), "token")
-    assert TOKEN not in told
+    error = refusal("--adapter", adapter, "--to", "ann/mine", "--yes")
+    assert_says(error, "push", str(adapter / "README.md"), "token")
+    assert TOKEN not in error
     assert hub.requests == []
 
 
@@ -396,15 +396,15 @@ def test_folders_that_are_none_of_ours(hub, refusal, adapter, tmp_path, missing)
     folder = adapter if missing else tmp_path / "nowhere"
     if missing:
         (adapter / missing).unlink()
-    told = refusal("--adapter", folder, "--to", "ann/mine", "--yes")
-    assert told.startswith(f"error: push: {folder} ")
-    assert "give a folder that fit or merge made" in told
+    error = refusal("--adapter", folder, "--to", "ann/mine", "--yes")
+    assert error.startswith(f"error: push: {folder} ")
+    assert "give a folder that fit or merge made" in error
     assert hub.requests == []
 
 
 def test_one_source(hub, refusal, adapter):
-    told = refusal("--adapter", adapter, "--run", "./x", "--to", "ann/mine")
-    assert_says(told, "adapter", str(adapter), "--run ./x")
+    error = refusal("--adapter", adapter, "--run", "./x", "--to", "ann/mine")
+    assert_says(error, "adapter", str(adapter), "--run ./x")
 
 
 def test_no_option_takes_a_token(push):

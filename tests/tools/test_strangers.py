@@ -87,15 +87,15 @@ def test_a_module_named_in_an_adapter(run: Path, capsys: pytest.CaptureFixture[s
 
 @pytest.mark.parametrize("verb", ["push", "push --folder"])
 @pytest.mark.parametrize(
-    ("content", "told"), [(DEEP, "nested too deep"), ("[]", "manifest.json"), ('{"files": 3}', "manifest.json")]
+    ("content", "expected"), [(DEEP, "nested too deep"), ("[]", "manifest.json"), ('{"files": 3}', "manifest.json")]
 )
 def test_a_manifest_of_another_kind(
-    run: Path, capsys: pytest.CaptureFixture[str], verb: str, content: str, told: str
+    run: Path, capsys: pytest.CaptureFixture[str], verb: str, content: str, expected: str
 ) -> None:
     shutil.copytree(run / "adapter", "theirs")
     for folder in (run / "adapter", Path("theirs")):
         (folder / "manifest.json").write_text(content)
-    assert told in _error(verb, capsys)
+    assert expected in _error(verb, capsys)
 
 
 def test_a_card_that_is_no_text_is_not_sent(
@@ -108,7 +108,7 @@ def test_a_card_that_is_no_text_is_not_sent(
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "expected"),
     [
         ("config.json", DEEP, "nested too deep"),
         ("tokenizer_config.json", DEEP, "nested too deep"),
@@ -117,11 +117,11 @@ def test_a_card_that_is_no_text_is_not_sent(
     ids=range(3),
 )
 def test_a_merged_folder_from_a_stranger(
-    run: Path, capsys: pytest.CaptureFixture[str], name: str, content: str, told: str
+    run: Path, capsys: pytest.CaptureFixture[str], name: str, content: str, expected: str
 ) -> None:
     shutil.copytree(demo.BASE, "theirs")
     Path("theirs", name).write_text(content)
-    assert told in _error("export --model", capsys)
+    assert expected in _error("export --model", capsys)
 
 
 @pytest.mark.parametrize(
@@ -145,12 +145,14 @@ def test_a_merged_folder_whose_prompts_are_not_known(
 )
 def test_what_is_no_text_in_a_record(run: Path, capsys: pytest.CaptureFixture[str], name: str, value: object) -> None:
     _change(run / "adapter/lit_qlora.json", **{name: value})
-    told = _error("chat", capsys)
-    assert told.startswith(f"error: run/adapter: lit_qlora.json: {name}: ") and "a text" in told and repr(value) in told
+    error = _error("chat", capsys)
+    assert (
+        error.startswith(f"error: run/adapter: lit_qlora.json: {name}: ") and "a text" in error and repr(value) in error
+    )
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "expected"),
     [
         ("model.base: 3", "model.base: expected a text, got 3"),
         ("model.base: [demo]", "model.base: expected a text, got ['demo']"),
@@ -160,14 +162,14 @@ def test_what_is_no_text_in_a_record(run: Path, capsys: pytest.CaptureFixture[st
         ("model.base: demo\ndata.system: {x: 1}", "data.system: expected a text or none, got {'x': 1}"),
     ],
 )
-def test_settings_of_another_kind(run: Path, capsys: pytest.CaptureFixture[str], line: str, told: str) -> None:
+def test_settings_of_another_kind(run: Path, capsys: pytest.CaptureFixture[str], line: str, expected: str) -> None:
     (run / "config.yaml").write_text(line)
-    assert told in _error("chat", capsys)
+    assert expected in _error("chat", capsys)
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "merge"])
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "expected"),
     [
         ("data.max_length: much", "data.max_length: expected a whole number, got much"),
         ("data.nope: 3", "unknown option 'data.nope'"),
@@ -178,14 +180,14 @@ def test_settings_of_another_kind(run: Path, capsys: pytest.CaptureFixture[str],
     ],
 )
 def test_settings_of_another_type(
-    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, line: str, told: str, verb: str
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, line: str, expected: str, verb: str
 ) -> None:
     (run / "config.yaml").write_text(f"model.base: demo\n{line}\n")
-    assert told in _error(verb, capsys)
+    assert expected in _error(verb, capsys)
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "expected"),
     [
         ("model.attention: 3", "model.attention: expected one of sdpa, eager, flash_attention_2, got 3"),
         ("model.compile: [x]", "model.compile: expected true or false or auto, got ['x']"),
@@ -194,9 +196,9 @@ def test_settings_of_another_type(
         ("trainer.precision: 64-true", "bf16-mixed, 32-true, got 64-true"),
     ],
 )
-def test_settings_that_evaluate_takes(run: Path, capsys: pytest.CaptureFixture[str], line: str, told: str) -> None:
+def test_settings_that_evaluate_takes(run: Path, capsys: pytest.CaptureFixture[str], line: str, expected: str) -> None:
     (run / "config.yaml").write_text(f"model.base: demo\n{line}\n")
-    assert told in _error("evaluate", capsys)
+    assert expected in _error("evaluate", capsys)
 
 
 def test_options_written_with_dots(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

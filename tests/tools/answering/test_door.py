@@ -12,7 +12,7 @@ GOOD = {"fn_index": 0, "session_hash": "a1", "data": [None, "hi", 0.5, True]}
 
 
 def ask(body=b"", path="/gradio_api/queue/join", method="POST", app=None, headers=(), pieces=1):
-    """Status and text of the answer, and the JSON that the server behind the door was given."""
+    """Status and text of the answer, and the JSON that the server behind the door got."""
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     step = max(1, -(-len(content) // pieces))
     cut = [content[start : start + step] for start in range(0, len(content), step)] or [b""]
@@ -116,15 +116,15 @@ def test_what_fails_behind_it_is_one_line_on_either_side(capsys):
     assert capsys.readouterr().err == 'web: "GET /x\\n" failed: "KeyError: \'/predict\\\\n\\\\x1b[2J\'"\n'
 
 
-@pytest.mark.parametrize("told", [True, False])
-def test_a_stream_that_fails_is_ended(told, capsys):
+@pytest.mark.parametrize("is_answered", [True, False])
+def test_a_stream_that_fails_is_ended(is_answered, capsys):
     class AnsweredError(Exception):
         status_code = 404
 
     async def fails(scope, receive, send):
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"half", "more_body": True})
-        raise RuntimeError("response already started") from (AnsweredError() if told else None)
+        raise RuntimeError("response already started") from (AnsweredError() if is_answered else None)
 
     assert ask(method="GET", path="/queue/data", app=fails)[:2] == (200, "half")
-    assert capsys.readouterr().err.count("\n") == (0 if told else 1)
+    assert capsys.readouterr().err.count("\n") == (0 if is_answered else 1)

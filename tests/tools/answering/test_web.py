@@ -136,7 +136,7 @@ def page(port, answerer):
     page.address = page.open(share=False, port=port)
     yield page
     page.close()
-    gc.collect()  # what a server leaves behind, while it is still looked over
+    gc.collect()  # what the server left open warns within its own test
 
 
 def test_a_port_that_is_taken_is_one_line(page, port, answerer):

@@ -143,10 +143,10 @@ def test_no_text_makes_a_special_id_and_the_mask_is_the_answers(name, pairs, sys
 DEMO = load_tokenizer("demo")
 
 
-def test_a_cut_keeps_whole_answers_and_what_stands_behind_the_last_is_no_cut():
+def test_a_cut_keeps_whole_answers_and_text_after_the_last_does_not_count_as_cut():
     whole = example(Encoder(DEMO, 4096, prompt_format=make_format(SOURCES["chatml"])), said("a", "b", "c", "d"))
     size = len(whole.input_ids)
-    assert whole.input_ids[-1] == EOS  # and not the template's line's end behind it
+    assert whole.input_ids[-1] == EOS  # and not the template's newline after it
     assert not example(
         Encoder(DEMO, size, prompt_format=make_format(SOURCES["chatml"])), said("a", "b", "c", "d")
     ).was_cut

@@ -70,7 +70,7 @@ def test_the_card_of_a_llama_2_adapter():
 
 @pytest.mark.parametrize("system", [None, 'Be "brief" ü and\nkind.'])
 def test_its_lines_of_python_ask_as_in_training(system, tmp_path, capsys):
-    """In other programs, by what lies in the adapter's folder; the model is told where answers stop."""
+    """In other programs, by the files of the adapter's folder, which also say where answers stop."""
     encoder = Encoder(load_tokenizer("demo"), 512, prompt_format=make_format(system=system))
     write_tokenizer(tmp_path, encoder, 512)
     expected = encoder.prompt(Conversation((Turn("user", "Your question"),)))

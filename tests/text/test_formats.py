@@ -204,10 +204,10 @@ def test_an_answer_may_end_in_another_special_token_than_eos():
 
 
 def test_a_base_with_a_template_of_its_own_is_named_where_llama_2_s_format_is_taken():
-    told = "prompts in the Llama 2 format; the base has a chat template of its own, which data.template base takes"
+    note = "prompts in the Llama 2 format; the base has a chat template of its own, which data.template base takes"
     one = make_format().of(LLAMA_3)
-    assert one.notes() == [] and one.notes(built_in()["llama3"]) == [told]
-    assert one.notes("{{ this_fails() }}") == one.notes("{% if") == [told]
+    assert one.notes() == [] and one.notes(built_in()["llama3"]) == [note]
+    assert one.notes("{{ this_fails() }}") == one.notes("{% if") == [note]
     assert (
         make_format(built_in()["llama3"])
         .of(LLAMA_3)

@@ -134,7 +134,7 @@ def part_unmet(model: LlamaForCausalLM, met: torch.Tensor, seed: int) -> None:
     """Gives each token that was never a target a direction of its own in the output head.
 
     Training pushes the rows of all these tokens (end of text, digits, most bytes, rare signs) the same way,
-    until they can hardly be told apart, and an adapter, which leaves the head as it is, could make none of
+    until they can hardly be distinguished, and an adapter, which leaves the head as it is, could make none of
     them likelier than the others.
 
     Args:

@@ -37,13 +37,13 @@ class Batch(NamedTuple):
     device: int = -1
     """Number of the device that the micro-batch was dealt to; -1 if each computes it."""
     highest_id: int = -1
-    """The highest of ``input_ids``, found on the host, where it is no wait for the device; -1: unknown."""
+    """Highest of ``input_ids``, found on the host so that nothing waits for the device; -1 if unknown."""
     part: tuple[int, int] = (0, 0)
     """The place of a part of a split micro-batch: the index of its first token in the flattened ids, and how many
     tokens the whole has; (0, 0) if it is whole."""
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch with its tensors on ``device``, which is what Lightning calls; one that is not here stays."""
+        """The batch with its tensors on ``device``; one that is not here stays as it is. Lightning calls this."""
         if not self.is_here:
             return self
         ids, positions, targets = (send(one, device) for one in (self.input_ids, self.positions, self.targets))
@@ -51,7 +51,7 @@ class Batch(NamedTuple):
 
 
 def send(values: Tensor, device: torch.device) -> Tensor:
-    """``values`` on ``device``, without waiting for what that still computes.
+    """``values`` on ``device``, without waiting for its pending work.
 
     A copy of more than 64 KiB waits if the host may page its memory.
     """

@@ -118,11 +118,11 @@ UNREACHABLE = {
     errno.ENOTCONN: _GONE,  # such as Colab's Google Drive, once it is cut off
     errno.ESTALE: _GONE,
 }
-"""What is wrong with a path, whichever option gave it, by the system's number, and what to do."""
+"""Problem and remedy of a path that the system can't follow, by errno."""
 
 
 def _of_a_path(error: BaseException | None) -> str | None:
-    """What is wrong with a path that the system can't follow, whichever option gave it; None for another error."""
+    """The error for a path that the system can't follow, whichever option gave it; None for any other ``error``."""
     if isinstance(error, RuntimeError) and getattr(error.__context__, "errno", None) == errno.ELOOP:
         return _of_a_path(error.__context__)  # pathlib's own for a loop, up to Python 3.12
     number, file = getattr(error, "errno", None), getattr(error, "filename", None)
@@ -141,7 +141,7 @@ def _of_a_path(error: BaseException | None) -> str | None:
 
 
 def check_texts(args: Sequence[str], are_kept: bool = True) -> None:
-    """Check that no option of a command line, ``--name value`` or ``--name=value``, is what none may hold.
+    """Check that no option of a command line, ``--name value`` or ``--name=value``, holds what none may.
 
     Args:
         args: the command line.
@@ -196,7 +196,7 @@ def _run(args: list[str]) -> int:
 
 
 def _run_fit_or_kin(verb: str, args: list[str]) -> int:
-    """Help and the first mistakes come before what takes seconds to import; a word on that comes before it, too."""
+    """Run fit or its kin: help and the first checks come before imports of seconds, as does a line about these."""
     with nothing_open():
         from lit_qlora.command import complete
         from lit_qlora.precheck import check_first

@@ -11,7 +11,7 @@ _MARKS = {"\n": "↵", "\t": "⇥"}
 
 
 def printable(text: str) -> str:
-    """``text`` on one line, with marks for line's ends and tabs and codes for whatever a terminal would obey."""
+    """``text`` on one line, with marks for line ends and tabs, and codes for whatever a terminal would obey."""
     return "".join(
         _MARKS.get(character) or (character if character.isprintable() else ascii(character)[1:-1])
         for character in text

@@ -34,7 +34,7 @@ from lit_qlora.storage.config_file import as_sections, as_yaml, flat, read_optio
 from lit_qlora.storage.run import RunFolder, lies_in_run, named_folder, open_run
 
 ELSEWHERE = {"mirror": "null", "model.quantized_cache": "auto"}
-"""Options that name a folder outside of the run, to be written and tidied; and the value for none of one's own."""
+"""Options that name a folder outside of the run that is written to and cleaned up, with the value for none."""
 
 CONFIG_REMEDY = "put that line right, or take it out"
 """The remedy for a run's own config.yaml."""
@@ -94,7 +94,7 @@ def complete(args: list[str]) -> Command:
 
 
 def kept_options(run: RunFolder) -> dict[str, Any]:
-    """The options that ``run`` keeps, as of `plain_options`."""
+    """The `plain_options` of ``run``'s own configuration."""
     return plain_options(run.read_options(), run.config)
 
 
@@ -134,7 +134,7 @@ def plain_options(options: Mapping[str, Any], place: Path, verb: str = "fit") ->
 
 
 def with_kept(command: Command) -> list[str]:
-    """The command line of ``command`` with its run's options in front, as of `plain_options`.
+    """The command line of ``command`` with its run's `plain_options` in front.
 
     A config file that lies in a run folder is read as a run's own: either may come from a stranger.
 
@@ -213,7 +213,7 @@ def _is_elsewhere(name: str, value: object) -> bool:
 
 
 def _as_plain(options: Mapping[str, Any], place: Path, args: list[str]) -> str:
-    """``options`` from a file in a run folder as YAML text, of those of the verb: `plain_options`.
+    """The `plain_options` of ``options``, from a file in a run folder, as YAML text.
 
     Options that could name code are left out, with a warning unless the command line ``args`` gives them itself.
     """

@@ -26,7 +26,7 @@ YAML_REMEDIES = (
     (r"\0[@`%*]|\*\0", _QUOTE),
     (r"\\\w*\0", "put ' in place of \" around the value"),
 )
-"""What to do about values as people write them, by what stands around the place, ``\\0``, where PyYAML stops."""
+"""Remedies for common mistakes, by the text around ``\\0``, the place where PyYAML stops."""
 
 
 def _no_config(path: Path) -> UserError:
@@ -98,7 +98,7 @@ def check_config_of(run: RunFolder) -> None:
 
 
 def _values(node: yaml.Node, name: str = "") -> Iterator[tuple[str, yaml.Node]]:
-    """Dotted name and node of each single value, and of each key, by its section's name."""
+    """Each single value with its dotted name, and each key with its section's."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             yield from _values(key, name)
@@ -111,7 +111,7 @@ def _values(node: yaml.Node, name: str = "") -> Iterator[tuple[str, yaml.Node]]:
 
 
 def _misfit_value(root: yaml.Node, loader: type[yaml.SafeLoader]) -> tuple[int, str]:
-    """Line and problem of the first single value that is none of its kind, such as a date in month 13."""
+    """Line and problem of the first single value that is invalid for its type, such as a date in month 13."""
     for _, node in _values(root):
         try:
             loader("").construct_object(node)

@@ -42,7 +42,7 @@ class _Lasting(io.FileIO):
     """A stream that discards output once its reader is gone."""
 
     gone: Collection[int] = (errno.EIO, errno.EPIPE)
-    """Errors by which the reader is gone; EIO is a terminal's that hung up."""
+    """Error numbers which mean that the reader is gone; EIO is that of a terminal that hung up."""
 
     def write(self, data: Any, /) -> int:
         try:
@@ -77,7 +77,7 @@ def prepare(answers: bool = False) -> None:
 
 
 def _lasting(stream: io.TextIOWrapper, raises: bool) -> io.TextIOWrapper:
-    """``stream`` as a lasting one; with ``raises``, a pipe without a reader is an error."""
+    """``stream`` as a `_Lasting` one; with ``raises``, a pipe without a reader is an error."""
     raw = getattr(stream.buffer, "raw", stream.buffer)  # with python -u nothing is in between
     if type(raw) is not io.FileIO:
         return stream
@@ -95,10 +95,10 @@ def _lasting(stream: io.TextIOWrapper, raises: bool) -> io.TextIOWrapper:
 
 
 def progress_bar(label: str, *args: Any, **options: Any) -> Any:
-    """A bar of tqdm's on standard error; hidden unless that is a terminal.
+    """A tqdm bar on standard error; hidden unless that is a terminal.
 
-    What a library calls its bar, and when it hides it, is left out. The class is tqdm's own: for each other one tqdm
-    starts a thread, which ends with the process.
+    A library's own label, and its own rule for hiding the bar, are ignored. The class is tqdm's own: for each other one
+    tqdm starts a thread, which ends with the process.
 
     Args:
         label: stands before it.
@@ -113,7 +113,7 @@ def progress_bar(label: str, *args: Any, **options: Any) -> Any:
 
 
 def bars(label: str, **always: Any) -> Any:
-    """A class that makes such bars, for libraries that take no function.
+    """A class whose instances are made by `progress_bar`, for libraries that take no function.
 
     Args:
         label: stands before a bar.
@@ -129,13 +129,13 @@ def bars(label: str, **always: Any) -> Any:
 
 
 def counted(label: str, some: Iterable[T], total: int, unit: str = " rows") -> Iterator[T]:
-    """Things one by one, with a bar once they take over a second; it disappears at the end.
+    """Iterate over things, with a bar once that takes over a second; the bar disappears at the end.
 
     Args:
         label: stands before the bar.
         some: the things.
-        total: how many they are.
-        unit: what they are, behind their number.
+        total: their number.
+        unit: printed behind a number of them, with a space in front.
     """
     return iter(progress_bar(label, iterable=some, total=total, leave=False, delay=1, unit=unit))
 
@@ -144,12 +144,12 @@ def counted(label: str, some: Iterable[T], total: int, unit: str = " rows") -> I
 def passing_bar(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
     """A bar for what takes over a second; it disappears at the end.
 
-    It stands where another one may be, which is not moved meanwhile.
+    It may cover another bar, which must not move meanwhile.
 
     Args:
         label: stands before it.
         total: the number at its end.
-        unit: of what, behind the number.
+        unit: printed behind the number.
 
     Yields:
         A function that moves it on to a number.
@@ -163,7 +163,7 @@ def passing_bar(label: str, total: int, unit: str) -> Iterator[Callable[[int], N
 
 @contextmanager
 def bars_of_transformers(label: str) -> Iterator[None]:
-    """The bars that transformers makes, as ours: called ``label``, once they take over a second, gone at the end."""
+    """Make transformers' bars like ours: called ``label``, shown after a second, gone at the end."""
     from transformers.utils import logging
 
     def bar(_: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:

@@ -15,7 +15,7 @@ from lit_qlora.place import COMMAND
 
 @cache
 def answers(part: str) -> dict[str, str]:
-    """What there is here, by the name that another program has for it.
+    """This project's counterparts, by the names that other programs have for them.
 
     Args:
         part: of the table: ``fit``, ``tools`` for the verbs that train nothing, or ``verbs`` for verbs themselves.

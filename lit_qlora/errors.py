@@ -69,7 +69,7 @@ class UserError(Exception):
 
 
 class SecretError(UserError):
-    """An error for a secret in an option: options are saved in the run's files, so none takes one.
+    """An error for a secret in an option: options are saved in the run's files, so none may hold one.
 
     Args:
         option: as of `UserError`.

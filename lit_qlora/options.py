@@ -26,7 +26,7 @@ BARE = {
     "data.source": "give a file of rows as --data.source FILE; ",
     "prompt": "give a question as --prompt 'QUESTION'; ",
 }
-"""What a word without an option is likely to be, by an option that the command has."""
+"""Remedies for a word without an option, by an option that the command has."""
 LINKED = {"data.tokenizer": "model.base", "data.seed": "seed_everything"}
 """Options that always equal another one, which can be given instead."""
 
@@ -38,7 +38,7 @@ _UNKNOWN = re.compile(
 )
 _SECTION = re.compile(r"key \"(\w+)\":\s*Unable to load config '([^']*)'")
 _NO_CLASS = re.compile(r"dot import path string: (\S+)|given class_path '([^']+)':\s*(.*)")
-"""What is read of jsonargparse's sentences, here alone: those errors are TypeErrors and the like, without fields."""
+"""The parts of jsonargparse's messages that are parsed, here alone: its errors have no fields."""
 
 _raised: deque[UserError] = deque(maxlen=32)
 """The last errors: jsonargparse quotes those of the parser of a class's arguments in a message of its own."""
@@ -325,7 +325,7 @@ def no_option(section: str, value: str, names: Sequence[str]) -> UserError:
 
 
 def _point(expected: str, value: str) -> str | None:
-    """What to write instead of a number with a decimal comma."""
+    """The number to write instead of one with a decimal comma."""
     found = re.fullmatch(r"(-?\d+),(\d+)", value) if TYPE_WORDS[float] in expected else None
     return f"write {found[1]}.{found[2]}" if found else None
 

@@ -97,7 +97,7 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("no empty ones", lambda value: all(text.strip() for text in value), "samples.prompts"),
     ("texts of at least one character", lambda value: all(text and isinstance(text, str) for text in value), "stop"),
 )  # fmt: skip
-"""What is expected, whether a value is that, and of which options, by their names; none is always allowed."""
+"""Rules on single options: what is expected, the check of a value, and the options' names; none is always allowed."""
 
 TOGETHER: tuple[tuple[str, Callable[..., bool], str], ...] = (
     (

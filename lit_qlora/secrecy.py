@@ -15,7 +15,7 @@ _SECRET_NAME = (
 _VOCABULARY = r"(?:\w+_)?(?:bos|eos|pad|unk|sep|cls|mask)_token"
 """Names of options that are about a token of the tokenizer, and hold no secret."""
 _NONE = ("", "null", "none", "~", "true", "false", "0")
-"""Values that hold none, under whatever name: such as the default of a callback's own argument, which a run keeps."""
+"""Values that are no secret under any name, such as the default of a callback's own argument, which a run keeps."""
 _SCHEME = r"\w[\w+.-]{1,30}:/{1,2}"  # pathlib may have taken a slash
 _SECRETS = (
     # The user of a URL, with or without a password.

@@ -225,7 +225,7 @@ class ModuleSource:
         return UNKNOWN if UNKNOWN in parts else kind[parts if len(parts) > 1 else parts[0]]
 
     def _assigned(self, name: str) -> tuple["ModuleSource", ast.expr] | tuple[None, None]:
-        """What a name is given in this module, or in the one of ours that it comes from."""
+        """The value of a name in this module, or in the one of ours that it is imported from."""
         for node in self.tree.body:
             if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == [name]:
                 return self, node.value
@@ -267,7 +267,7 @@ def _lightning() -> Path:
 
 
 def _parameters(init: ast.FunctionDef) -> Iterator[tuple[str, ast.expr | None, ast.expr | None]]:
-    """Name, annotation and default of each."""
+    """Name, annotation and default of each argument of ``init``."""
     places = [*init.args.args[1:], *init.args.kwonlyargs]
     defaults = [*init.args.defaults, *init.args.kw_defaults]
     for place, default in zip(places, [None] * (len(places) - len(defaults)) + defaults, strict=True):
@@ -275,7 +275,7 @@ def _parameters(init: ast.FunctionDef) -> Iterator[tuple[str, ast.expr | None, a
 
 
 def _argument_words(docstring: str | None) -> dict[str, str]:
-    """What a docstring's Args say of each."""
+    """The description of each argument under a docstring's Args."""
     _, _, words = (docstring or "").partition("Args:\n")
     words = inspect.cleandoc("\n" + re.split(r"\n(?=\S)|\n\s*(?:Raises|Returns|Yields):\n", words)[0])
     found = re.findall(r"^(\w+):\s*(.*(?:\n(?:[ \t].*)?)*)", words, re.MULTILINE)

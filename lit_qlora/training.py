@@ -92,7 +92,7 @@ OUT_OF_MEMORY = "out of memory outside of a training step (in a validation, an u
 
 
 class QLoRACLI(LightningCLI):
-    """LightningCLI for fit, validate and test of one run folder.
+    """A LightningCLI for fit, validate and test of one run folder.
 
     Args:
         command: from its verb on.

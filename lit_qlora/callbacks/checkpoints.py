@@ -137,7 +137,7 @@ class RunCheckpoints(StepCallback, Needs):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Load the best adapter back into the module, and remove what a kill after the last save left over.
 
-        In the first process only: the others are done.
+        Only the first process does this: the others are done.
         """
         if not is_first():
             return
@@ -155,14 +155,14 @@ class RunCheckpoints(StepCallback, Needs):
             pl_module.load_adapter_weights(self.run.adapter)  # type: ignore[operator]
 
     def drop_aside(self) -> None:
-        """Remove the adapter that a start put aside, once the best of the run is as good: its steps came again."""
+        """Remove the adapter that a start put aside, once the run's best is as good: its steps have been repeated."""
         aside, best = (read_result(folder) or {} for folder in (self.run.adapter_before, self.run.adapter))
         if aside and best.get("val/loss", math.inf) <= aside.get("val/loss", math.inf):
             with suppress(OSError):  # it is in nobody's way
                 remove_folder(self.run.adapter_before)
 
     def state_dict(self) -> dict[str, Any]:
-        """The best adapter with its weights until it is on the disk; else its result."""
+        """The best adapter: with its weights until these are on the disk, then its result alone."""
         best = self._unsaved
         return {"result": best.result, "weights": best.weights} if best else {"kept": self._kept}
 
@@ -254,7 +254,7 @@ class RunCheckpoints(StepCallback, Needs):
                 module.load_state_dict(now)
 
     def _check_tokenizer(self, data: Any, folder: Path) -> None:
-        """Warn once where other programs would make other prompts with the tokenizer in ``folder``, if there is one."""
+        """Warn once if other programs would make other prompts with the tokenizer in ``folder``, if there is one."""
         if self._has_checked_tokenizer or not (folder / "tokenizer.json").is_file():
             return
         self._has_checked_tokenizer = True
@@ -267,7 +267,7 @@ class RunCheckpoints(StepCallback, Needs):
             )
 
     def _copy_adapter(self) -> None:
-        """Write the second copy of the adapter, before the checkpoint that goes with it, against damage."""
+        """Write a second copy of the adapter, in case the first is damaged, before the checkpoint that goes with it."""
         seal = read_seal(self.run.adapter)
         if seal in (None, read_seal(self.run.adapter_copy)):
             return
@@ -305,7 +305,7 @@ def has_stopped_early(trainer: Trainer) -> bool:
 
 
 def _makes_way(target: Path) -> bool:
-    """True if the checkpoint is to be written; a damaged one, which the run fell back behind, is removed."""
+    """True if the checkpoint is to be written. Removes a damaged one of the same step, before which the run resumed."""
     if not target.exists():
         return True
     try:

@@ -23,9 +23,9 @@ MAX_SCALER_SKIPS = 20
 
 
 class UpdateGuard(StepCallback):
-    """A callback that drops an update with a loss that is not finite, and stops the run, in fp32 and bf16 at once.
+    """A callback that drops updates whose loss is not finite, and stops the run after too many in a row.
 
-    In fp16 a loss may overflow until the gradient scaler has found its scale: its skips are counted instead.
+    In fp16 a loss may overflow until the gradient scaler has found its scale: the scaler's skips are counted instead.
 
     Args:
         max_nonfinite_losses: consecutive steps with such a loss before the run stops; earlier ones are dropped.
@@ -68,7 +68,7 @@ class UpdateGuard(StepCallback):
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Check the loss of each micro-batch that is computed here, without waiting for the device.
 
-        Another's would be known only behind the backward that the device still runs.
+        The loss of another device would be known only after the backward that is still running.
         """
         if not self._is_here:
             return
@@ -133,10 +133,10 @@ class UpdateGuard(StepCallback):
 
 
 class _Flag:
-    """A flag of a device, copied to the host as soon as it is known there.
+    """A boolean of a device, copied to the host as soon as it is computed.
 
-    So a step's update and the next step are started while the backward still runs: waiting for the backward would leave
-    the device without work between two steps.
+    So a step's update and the next step are started while the backward still runs: waiting for it would leave the
+    device idle between two steps.
     """
 
     def __init__(self, on_device: Tensor) -> None:
@@ -147,7 +147,7 @@ class _Flag:
             self._copied.record()
 
     def __bool__(self) -> bool:
-        """Wait for the copy, and for nothing that the device was given later."""
+        """Wait for the copy, but not for later work of the device."""
         if self._copied:
             self._copied.synchronize()
         return bool(self._on_host)

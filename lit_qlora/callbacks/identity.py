@@ -37,7 +37,7 @@ class SamePrompts(Callback):
 
     @property
     def state_key(self) -> str:
-        """Not the key of `RunIdentity`, which saved the record."""
+        """A key other than `RunIdentity`'s, which saved the record."""
         return "SamePrompts"
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -67,7 +67,7 @@ class RunIdentity(Callback):
     ) -> None:
         self.resume_from, self.settings, self.rows = resume_from, dict(settings or {}), rows
         self._old_steps: int | None = None
-        """Optimizer steps of the run by the checkpoint that is resumed from."""
+        """Length of the run in optimizer steps, as recorded in the checkpoint that is resumed from."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Compare all but the base, and record the rows, which are encoded by now; no weight is loaded.
@@ -149,7 +149,7 @@ def _describe_data(trainer: Trainer) -> dict[str, Any]:
 
 
 def _compare(was: dict[str, Any], now: dict[str, Any], changes: Callable[[], Mapping[str, str]] = dict) -> None:
-    """Raises UserError for the first part of ``now`` that was another one; ``changes`` has words for some parts."""
+    """Raises UserError for the first part of ``now`` that differs from ``was``; ``changes`` has words for some."""
     for part, remedy in IDENTITY_REMEDIES.items():
         if part in now and was[part] != now[part]:
             raise UserError(

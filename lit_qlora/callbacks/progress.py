@@ -16,13 +16,13 @@ from lit_qlora.console import progress_bar
 
 
 class TimeLeft:
-    """The seconds that a run still takes: steps and validations, each by what they took in this start.
+    """The remaining seconds of a run, by the time of its steps and validations in this start.
 
-    Counted apart, so that a validation, which may take as long as a hundred steps, doesn't make the time jump.
+    They are counted apart, so that a validation, which may take as long as a hundred steps, doesn't make the time jump.
 
     Args:
         total: Optimizer steps of the run.
-        done: Of them, those before this start.
+        done: Optimizer steps before this start.
         training_s: Seconds in training steps before this start.
     """
 
@@ -98,19 +98,19 @@ class RunProgress(StepCallback, ProgressBar):
         self._bar.update(0)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open a short-lived bar in place of the other one."""
+        """Open a bar for the validation in place of the run's."""
         self._began = time.monotonic()
         if self._bar is not None:
             self._bar.clear()
         self._validation = progress_bar("validate", total=sum(trainer.num_val_batches), leave=False, position=0)
 
     def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
-        """Move it."""
+        """Advance the validation's bar."""
         assert self._validation is not None
         self._validation.update()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Close it, and show the other one again."""
+        """Close the validation's bar, and show the run's again."""
         assert self._validation is not None
         self._validation_s = time.monotonic() - self._began
         self._validation.close()
@@ -123,7 +123,7 @@ class RunProgress(StepCallback, ProgressBar):
         self._bar.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Take the bar off the screen, where a line says why the run ends."""
+        """Remove the bar: a line will report why the run ends."""
         if self._bar is not None:
             self._bar.leave = False
             self._bar.close()

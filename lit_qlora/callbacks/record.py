@@ -12,7 +12,7 @@ def record(trainer: Trainer, figures: Mapping[str, float]) -> None:
     """Record figures with every logger of a Trainer.
 
     Args:
-        trainer: its number of optimizer steps done is theirs.
+        trainer: figures are recorded for its current optimizer step.
         figures: values by name, such as ``mine/name``.
     """
     for logger in trainer.loggers:

@@ -221,7 +221,7 @@ def next_step(run: RunFolder) -> list[str]:
 
 
 def is_gain(run: RunFolder, loss: float) -> bool:
-    """True if a loss is below that before training, or that was not measured.
+    """True if a loss is below the one before training, or if none was measured then.
 
     Args:
         run: the run folder, with the recorded figures.

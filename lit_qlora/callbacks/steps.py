@@ -23,7 +23,7 @@ class StepCallback(Callback):
 class StepEdge(Callback):
     """A callback that calls `on_step_end` of each of its parts once after each optimizer step, in order.
 
-    Last in the Trainer's list: by then, the parts have seen the micro-batch.
+    It is the last in the Trainer's list, so that its parts have seen the micro-batch by then.
 
     Args:
         parts: The callbacks, in the order of their calls.
@@ -53,12 +53,12 @@ class StepEdge(Callback):
             part.on_step_end(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop in all processes, where a callback asked one to."""
+        """Stop in all processes if a callback asked one of them to."""
         agree_to_stop(trainer)
 
 
 def agree_to_stop(trainer: Trainer) -> None:
-    """Have ``should_stop`` of ``trainer`` in all processes where one has it: it would leave the others behind."""
+    """Set ``should_stop`` of ``trainer`` in all processes if one has set it, which would leave the others behind."""
     trainer.should_stop = any_of(trainer.should_stop)
 
 
@@ -82,11 +82,11 @@ def validation_follows(trainer: Trainer) -> bool:
 def begin_epoch(trainer: Trainer) -> None:
     """Make ``trainer`` count the epoch that begins here.
 
-    After a save in an epoch's last step, it ends that epoch but does not count the next as begun; from a later save in
-    the new epoch it would resume with the data of the one before.
+    Lightning, resumed from a save in an epoch's last step, ends that epoch but does not count the next as begun: from a
+    later save in the new epoch it would resume with the data of the one before.
 
-    After a save in a validation behind that step, it knows that the epoch is over from the validation interval alone:
-    where the one of this start has no validation there, such a save becomes one in the step.
+    Resumed from a save in the validation after that step, it knows that the epoch is over from the validation interval
+    alone: if this start's has no validation there, such a save is treated as one in the step.
     """
     loop: Any = trainer.fit_loop
     batches = loop.epoch_loop.batch_progress
@@ -102,7 +102,7 @@ def begin_epoch(trainer: Trainer) -> None:
 
 
 def run_validation(trainer: Trainer) -> None:
-    """Validate between two steps of ``trainer``, as Lightning's own loop does; nothing in a run without validations."""
+    """Validate between two steps of ``trainer``, as Lightning's own loop does, unless the run has no validations."""
     if not trainer.enable_validation:
         return
     connector = trainer._logger_connector

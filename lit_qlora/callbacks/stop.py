@@ -104,7 +104,7 @@ class TimeLimit(StepCallback):
     """A callback that ends the run, saved and with status 0, before ``limit_s`` seconds are over; one step is always
     done.
 
-    The margin is the longest that a step has taken so far, the longest validation and the longest save together.
+    The margin is the sum of the longest step, the longest validation and the longest save so far.
     A part of `StepEdge` before `RunCheckpoints`.
 
     Args:
@@ -143,9 +143,9 @@ class TimeLimit(StepCallback):
 
 
 class StopWithoutGain(EarlyStopping):
-    """A callback that ends the run after so many validations without a better held-out loss.
+    """A callback that ends the run after a number of validations without a better held-out loss.
 
-    Of several validations at one optimizer step, one counts: they score the same adapter.
+    Several validations at one optimizer step count as one: they score the same adapter.
     """
 
     _step = -1
@@ -157,7 +157,7 @@ class StopWithoutGain(EarlyStopping):
             super().on_validation_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """Lightning's, and the step of the last validation."""
+        """Lightning's state, and the step of the last validation."""
         return {**super().state_dict(), "step": self._step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

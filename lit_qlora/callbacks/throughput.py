@@ -25,7 +25,7 @@ class Throughput(StepCallback):
         self._since = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
-        """Start the clock, which runs to the batch's end, and on to the next batch's start if nothing is between."""
+        """Start the clock, which runs to the batch's end, and on to the next batch's start if nothing is in between."""
         self._since = self._since or time.monotonic()
 
     def on_train_batch_end(
@@ -36,7 +36,7 @@ class Throughput(StepCallback):
         self._places += batch.input_ids.numel()
 
     def on_step_end(self, trainer: Trainer, module: object) -> None:
-        """Record at the end of the log interval, where the loss waits for the device already."""
+        """Record at the end of the log interval, when the loss has waited for the device already."""
         self._pause()
         if not is_log_step(trainer):
             self._since = time.monotonic()

@@ -125,7 +125,7 @@ def sizes_of(batches: Iterable[Sequence[int]], lengths: Sequence[int], packed: b
 
 
 def epoch_steps(num_batches: int, accumulate: int) -> int:
-    """Optimizer steps of an epoch of ``num_batches`` micro-batches, those of all devices: the last may have fewer than
+    """Optimizer steps of an epoch of ``num_batches`` micro-batches over all devices; the last step may have fewer than
     ``accumulate``.
     """
     return math.ceil(num_batches / accumulate)
@@ -144,7 +144,7 @@ def run_steps(steps: int, max_epochs: int | None, max_steps: int) -> int:
 
 
 def limited(available: int, limit: int | float) -> int:
-    """How many of the ``available`` micro-batches a Trainer's ``limit`` leaves: so many, or a share of them.
+    """Number of the ``available`` micro-batches that a Trainer's ``limit`` leaves.
 
     Args:
         available: micro-batches of an epoch.
@@ -248,7 +248,7 @@ class PlannedBatches(torch.utils.data.Dataset[Batch]):
         self.devices = deal_steps(sizes, at_once, num_devices)
 
     def behind(self, done: int) -> "PlannedBatches":
-        """What is left behind the first ``done`` micro-batches."""
+        """The micro-batches after the first ``done``."""
         rest = copy(self)
         rest.batches, rest.devices = self.batches[done:], self.devices[done:]
         return rest
@@ -292,8 +292,8 @@ def _watch_parent(_: int) -> None:
 
 
 _open: weakref.WeakKeyDictionary[Generator[Batch, None, None], list[Iterator[Batch]]] = weakref.WeakKeyDictionary()
-"""Epochs, each with the DataLoader's iterator: were that garbage, too, its queues would be closed before it could end
-its workers."""
+"""Unfinished epochs with their DataLoader iterators, kept alive here: else an iterator's queues could be closed before
+it has ended its workers."""
 
 
 @atexit.register

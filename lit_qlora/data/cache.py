@@ -57,7 +57,7 @@ class EncodedRows:
     fingerprint: str = ""
     """Hash of the conversations and of everything that decides their ids."""
     held: Held | None = field(default=None, repr=False, compare=False)
-    """Keeps other processes from removing them."""
+    """A hold that keeps other processes from removing the rows."""
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -139,7 +139,7 @@ def _key(conversations: Sequence[Conversation], encoder: Encoder) -> str:
 
 
 def _otherwise(turn: Turn) -> list[str]:
-    """What changes ids or labels of a turn compared with `LAYOUT` 1; all others are the same."""
+    """Properties of a turn, for the key, that change its ids or labels since `LAYOUT` 1; empty for most turns."""
     return ["context only"] * (not turn.learned) + ["a space of its own"] * turn.content.lstrip().startswith(SPACE)
 
 

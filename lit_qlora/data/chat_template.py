@@ -39,10 +39,10 @@ def config_ids(encoder: Encoder) -> dict[str, Any]:
 
 
 def write_tokenizer(folder: Path, encoder: Encoder, max_tokens: int) -> None:
-    """Write a tokenizer, and what it needs in use.
+    """Write a tokenizer, with what other programs need to use it.
 
-    That is its chat template, also as a file of its own for programs that take one, and generation_config.json, which
-    says where answers stop. Sampling options are the user's.
+    That is its chat template, also as a file of its own for programs that take one, and generation_config.json, with
+    the ids that end an answer. Sampling options are left to the user.
 
     A template is encoded as one text. Training encodes each stretch between two special tokens by itself, with a
     space before its first word; so does Llama 2's own tokenizer.json, but not the class that transformers 5 makes

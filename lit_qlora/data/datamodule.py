@@ -129,7 +129,7 @@ class ChatDataModule(LightningDataModule):
         """The option that gives the tokenizer; on the command line, it is always the base's."""
         self.seed = seed
         self.any_number = False
-        """True to read on whatever number of rows is unusable, for a look at them."""
+        """True to continue however many rows are unusable, as for `inspect`."""
         self._records: dict[str, Records] = {}
         self._rows: dict[str, EncodedRows] = {}
         self.notes = defaultdict[str, list[str]](list)
@@ -286,7 +286,7 @@ class ChatDataModule(LightningDataModule):
 
     @cached_property
     def _first_epoch(self) -> list[list[int]]:
-        """Cached, since the number of steps is read after each of them."""
+        """Micro-batches of the first epoch; cached, since the number of steps is read after each step."""
         return self.plan.epoch(self._rows["train"].lengths, self.seed, 0)
 
     def largest_batch(self, padded: Callable[[int, int], int] = lambda _, tokens: tokens) -> Batch:
@@ -341,7 +341,7 @@ class ChatDataModule(LightningDataModule):
         }
 
     def order_of_rows(self) -> dict[str, Any]:
-        """What decides which rows stand in which batch, by options; those of ``source`` by their digest.
+        """Everything that decides which rows are in which batch, by option; the rows of ``source`` by their digest.
 
         Empty before `setup` for a fit.
         """
@@ -409,7 +409,7 @@ class ChatDataModule(LightningDataModule):
         return example_lines(self.tokenizer, example["input_ids"], example["labels"], WIDTH - 8, lines)
 
     def format_notes(self) -> list[str]:
-        """What is to be known of the prompt format, in lines."""
+        """Remarks on the prompt format, in lines."""
         return self.encoder.prompt_format.notes(template_beside(self.tokenizer))
 
     def describe(self) -> list[str]:
@@ -512,7 +512,7 @@ class ChatDataModule(LightningDataModule):
 
 
 def _counted(records: Records, known: Collection[str] = ()) -> list[str]:
-    """What became of rows, with the numbers, but for what is ``known``."""
+    """Numbers of rows by what became of them, in words, without those that are ``known``."""
     return [number_of(count, what) for what, count in records.dropped.items() if count and what not in known]
 
 

@@ -71,7 +71,7 @@ def is_text(written: Sequence[Written]) -> bool:
 
 
 def joined_rows(rows: Sequence[Sequence[T]]) -> list[T]:
-    """What stands in the ``rows`` of one conversation, without the token that each further one repeats."""
+    """The ``rows`` of one conversation joined, without the token that each further row repeats."""
     return [value for number, row in enumerate(rows) for value in (row[1:] if number else row)]
 
 
@@ -106,7 +106,7 @@ class Encoder:
 
     @cached_property
     def stop_ids(self) -> list[int]:
-        """The ids that end an answer: that which is learned behind each, EOS, and what the base's files name beside.
+        """The ids that end an answer: the one that is learned after each, EOS, and others that the base's files name.
 
         Raises UserError where those can't be read.
         """
@@ -212,7 +212,7 @@ class Encoder:
         return Example(input_ids[:end], labels[:end], was_cut=end < size)
 
     def num_context_only(self, conversation: Conversation) -> int:
-        """Number of answers to be learned in a ``conversation`` that the format writes otherwise than where it asks."""
+        """Number of answers of ``conversation`` that are context only: the format rewrites them once others follow."""
         if conversation.is_text or not self.prompt_format.learns_last_only(conversation):
             return 0
         return sum(turn.learned for turn in conversation.turns[1:-1:2])
@@ -261,7 +261,7 @@ class Encoder:
         """The text of an answer's ids, and whether it came to its end.
 
         Args:
-            ids: All of them, that which ended it counted in.
+            ids: All of the answer, with the one that ended it.
             stop: Texts that end an answer, and are no part of it.
         """
         tokens = self._special(stop)
@@ -274,7 +274,7 @@ class Encoder:
         return text.strip().rstrip(UNFINISHED).strip(), False
 
     def certain(self, ids: Sequence[int], stop: Sequence[str] = ()) -> str:
-        """The text of an unfinished answer that what follows can't change, nor make a text of ``stop`` of.
+        """The text of an unfinished answer that later ids can't change, nor turn into a text of ``stop``.
 
         Args:
             ids: of the answer so far.
@@ -338,7 +338,7 @@ class Encoder:
 
 
 def _take_out_space(rule: dict[str, Any] | None) -> dict[str, Any] | None:
-    """One of a tokenizer's rules without what puts a space before a text's first word."""
+    """A tokenizer's ``rule`` without the part that puts a space before a text's first word."""
     if rule is None or rule["type"] == "Prepend":
         return None
     if rule["type"] == "Metaspace":
@@ -350,5 +350,5 @@ def _take_out_space(rule: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _stop_at(text: str, stop: Sequence[str]) -> int | None:
-    """Where the first of the texts ``stop`` begins in ``text``; None where there is none."""
+    """Index in ``text`` where the first of the texts ``stop`` begins; None if it holds none."""
     return min((found for one in stop if (found := text.find(one)) >= 0), default=None)

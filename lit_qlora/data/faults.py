@@ -19,7 +19,7 @@ KINDS = {
 
 
 def accepted_kinds(names: str | None) -> list[str]:
-    """The kinds in ``names``, with commas between. Raises UserError for one that there is not."""
+    """The kinds in ``names``, a list with commas. Raises UserError for an unknown one."""
     found = [name.strip() for name in (names or "").split(",") if name.strip()]
     for kind in found:
         if kind not in KINDS:

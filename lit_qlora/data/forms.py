@@ -50,17 +50,17 @@ class RowForm(NamedTuple):
     is_whole: bool = False
 
     def of(self, columns: Mapping[str, str]) -> "RowForm":
-        """The same with its columns by other names, and without those that ``columns`` does not name."""
+        """This form with its columns under other names, and without those that ``columns`` does not name."""
         needs = tuple(columns[name] for name in self.needs)
         return self._replace(needs=needs, may_have=tuple(columns.get(str(name)) for name in self.may_have), aka=())
 
 
 INPUT_COLUMNS = ("input", "context")
-"""Columns with what is given to a question."""
+"""Columns with an input that a question is about."""
 
 
 def _pair(name: str, question: str, answer: str) -> RowForm:
-    """The form of a question and its answer, with what is given to it, and with the pairs before it."""
+    """The form of a question and its answer, with an input to the question, and with earlier pairs."""
     title = f"{question} and {answer}"
     beside = (*(given for given in INPUT_COLUMNS if given != question), "history")
     return RowForm(name, title, (question, answer), _answered, beside, holds="messages")
@@ -73,7 +73,7 @@ def _answered(question: Any, answer: Any, *beside: Any) -> list[Any]:
 
 
 def _asked(question: Any, *beside: Any) -> list[Any]:
-    """The messages of a question, with what is given to it, and last the pairs before it."""
+    """The messages of a question; ``beside`` are its inputs and, last, the earlier pairs."""
     *given, history = beside
     question = _rounds_in(question)
     before = list_in(history)

@@ -164,7 +164,7 @@ class Parts:
         return _apart(records, {*train.conversations}, train.name, "data.source", "test")
 
     def test_of(self, source: Any) -> Records:
-        """The rows of ``source`` that are there for a test: of its test split, or else what it has.
+        """The rows of ``source`` to test on: those of its test split, or else what it has.
 
         Raises:
             UserError: as `load_records`, or when it is the training data itself.

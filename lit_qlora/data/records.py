@@ -38,7 +38,7 @@ EARLY_BYTES = 2**25
 EARLY_ROWS = 100
 """Rows that `check_early` looks at while none has a fault."""
 MOST_EARLY_ROWS = 10_000
-"""Rows that it looks at at most: half a second."""
+"""Most rows that `check_early` looks at: half a second."""
 
 
 OWN_COLUMNS = "give a source of other columns its own: {path: …, columns: {…}}"
@@ -77,7 +77,7 @@ class Reading(NamedTuple):
         return cls(**given, is_whole=data.get("train_on") == "all")
 
     def check(self) -> None:
-        """Raises UserError for a form or columns that there are not."""
+        """Raises UserError for an unknown form or unknown columns."""
         known = form_names()
         if self.form not in known:
             expected = f"expected {', '.join(known)}{suggestion(self.form, known)}"
@@ -333,7 +333,7 @@ def joined_sources(parts: Sequence[Records]) -> Records:
 
 
 def joined_name(names: Sequence[str]) -> str:
-    """What sources called ``names`` are called together."""
+    """The joint name of sources called ``names``."""
     return " and ".join(names) if len(names) <= 2 else f"{len(names)} sources"
 
 
@@ -358,7 +358,7 @@ class Counts:
         return bool(self._rows[UNUSED])
 
     def in_words(self) -> dict[str, int]:
-        """All of it, as `Records.dropped` has it; names with the number of their rows."""
+        """All counts, as `Records.dropped` has them; names with the number of their rows."""
         named = {what + _listed_names(names): self._rows[what] for what, names in self._named.items() if names}
         return self.dropped | named
 

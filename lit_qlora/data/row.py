@@ -32,19 +32,19 @@ from lit_qlora.wording import kind
 LABEL_COLUMNS = ("label", "kto_tag")
 """Columns that call an answer good (true) or bad (false) in preference data, such as KTO's."""
 LABELS = ("true", "false")
-"""What they hold; other labels, such as a class's number, say nothing of the answer."""
+"""Values of these columns; other labels, such as a class's number, don't judge the answer."""
 LABELLED_BAD = "rows with label false, which calls the answer bad: not learned"
 _PAIRS = [form.needs for form in FORMS if len(form.needs) == 2]
 QUESTIONS = sorted([*dict.fromkeys(one for one, _ in _PAIRS), "human", "inputs"], key=INPUT_COLUMNS.__contains__)
 ANSWERS = [*dict.fromkeys(one for _, one in _PAIRS), "answers", "chosen", "target", "targets"]
 """Names of columns that probably hold a question, or an answer: the forms' own, and others."""
 NO_INPUT = ("nan", "<noinput>")
-"""Texts in the place of nothing given to a question: pandas' as a text, and that of data made by a model."""
+"""Texts that stand for no input to a question: pandas' NaN as text, and that of data made by a model."""
 WRITE_TURNS = (
     'write its turns as rows such as {"messages": [{"role": "user", "content": "…"}, '
     '{"role": "assistant", "content": "…"}]}'
 )
-"""What to do with a conversation that is written out in a prompt format."""
+"""The remedy for a conversation that is written out in a prompt format."""
 MOST_FORMS = 3
 """Forms whose columns are named where a row has none of them."""
 LEARNED_WHOLE = "rows of plain text, which is learned whole"
@@ -143,7 +143,7 @@ def _says_nothing(value: object) -> bool:
 
 
 def _content(row: Mapping[str, Any], column: str | None, form: RowForm) -> Any:
-    """What a column holds, as ``form`` has it. Raises RowError where it is no text and is to be one."""
+    """The content of a column, as ``form`` takes it. Raises RowError for one that is to be a text and is none."""
     value = None if column is None else row.get(column)
     if column in form.may_have and (not messages.is_there(value) or _says_nothing(value)):
         return None
@@ -224,7 +224,7 @@ def _with_system(
 
 
 def _no_column(row: Mapping[str, Any], forms: Sequence[RowForm], use: Use, option: str) -> RowError:
-    """Names what the forms are made of, and the options that read the row, or the row to write in its place."""
+    """The error for a row without a form's columns, with the options that read it, or the row to write in its place."""
 
     def named(columns: Mapping[str, str | None]) -> RowError:
         columns = {**columns, SYSTEM: next((one for one in SYSTEM_COLUMNS if messages.is_there(row.get(one))), None)}

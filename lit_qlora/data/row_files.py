@@ -24,16 +24,16 @@ ARROW = ".arrow"
 OTHER_NAMES = {".ndjson": ".jsonl", ".tsv": ".csv", ".feather": ARROW}
 """Endings of the same formats."""
 PACKED = (".gz", ".zst", ".bz2", ".xz")
-"""What may stand behind an ending: the file is unpacked while it is read."""
+"""Further endings of packed files, which are unpacked while they are read."""
 _NAME_IT = 'name it after what it holds, such as rows.jsonl, or write each text as a row {"text": "…"}'
 _SAVE_IT = "save it as .csv, in UTF-8"
 INSTEAD = {".txt": _NAME_IT, "": _NAME_IT, ".xlsx": _SAVE_IT, ".xls": _SAVE_IT, ".ods": _SAVE_IT}
-"""What to do with files of other endings."""
+"""Remedies for files of other endings."""
 COMPRESSED = (*PACKED, ".zip", ".tar", ".tgz", ".7z")
 PREFERENCES = ("chosen", "rejected")
 """Columns of rows that are not read: where a .csv begins with one, its first line does name the columns."""
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
-"""What stands between the cells of a .csv, the usual one first."""
+"""Separators of the cells of a .csv, the usual one first."""
 EXAMPLE = '{"question": "…", "answer": "…"}'
 
 
@@ -119,7 +119,7 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[Row]:
 
 
 def _unpacked(path: Path, packing: str = "") -> bytes:
-    """What a file holds, unpacked. Raises SourceError where it can't be read, or holds no data."""
+    """The bytes of a file, unpacked. Raises SourceError if it can't be read, or is empty."""
     try:
         if path.exists() and not path.is_file():  # a pipe would be waited for without a word
             raise SourceError(path, "is a folder, a pipe or a device, expected a file", "write the rows into one")
@@ -148,7 +148,7 @@ def _unpacked(path: Path, packing: str = "") -> bytes:
 
 
 def _unpack(path: Path, data: bytes, packing: str) -> bytes:
-    """What ``data`` holds. Raises SourceError where it is not whole."""
+    """The unpacked ``data``. Raises SourceError if it is not whole."""
     import bz2
     import gzip
     import lzma
@@ -340,7 +340,7 @@ def _csv_cells(
 
 
 def _delimiter(path: Path, text: str, columns: Sequence[str]) -> str:
-    """What stands between cells: a comma, or else what Excel and databases put there, by the first line."""
+    """The separator of cells by the first line: a comma, or else one that Excel and databases write."""
 
     def known(delimiter: str) -> tuple[int, int]:
         try:

@@ -24,7 +24,7 @@ class RunRows:
     """Digests of a run's conversations, in their order.
 
     Args:
-        held_out: of those that are scored, each as often as it stands there.
+        held_out: of those that are scored, repeated ones as often as they are there.
         train: of those that are learned, each once.
         validation_source: the option that says where the held-out ones are from.
     """

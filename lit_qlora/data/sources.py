@@ -54,27 +54,27 @@ class Source:
     columns_option: str = field(default=COLUMN_OPTIONS["training"], compare=False)
 
     def __str__(self) -> str:
-        """What it is called in messages."""
+        """The source's name in messages."""
         return self.path + (f", {self.name}" if self.name else "")
 
     @property
     def is_on_hub(self) -> bool:
-        """True if it is written as an id of the hub, and nothing of that name is local."""
+        """True if the source is written as an id of the hub, and nothing of that name is local."""
         return _looks_like_hub_id(self.path) and not self.here.exists()
 
     @property
     def here(self) -> Path:
-        """Where it is on this machine, if it is there; for the demo, nowhere."""
+        """The source's path on this machine, if it is local; nothing need be there."""
         return Path(self.path).expanduser()
 
     @property
     def place(self) -> "Source":
-        """The same by an absolute path: equal for two sources that are one."""
+        """This source by its absolute path: equal for two sources that are one."""
         path = self.path if self.is_on_hub else str(self.here.resolve())
         return Source(path, self.name, self.split, self.revision)
 
     def called(self, split: str) -> str:
-        """The name of one ``split`` of it in messages."""
+        """The name in messages of the source's ``split``."""
         return f"{self} ({split})" if split != "train" else str(self)
 
 
@@ -357,7 +357,7 @@ def _looks_like_hub_id(source: str) -> bool:
 
 
 def _ask_datasets(asked: Source, ask: Callable[..., T], **given: str | None) -> T:
-    """What ``ask`` of `datasets` returns for a source, its revision and what else is ``given``. Raises SourceError."""
+    """The result of ``ask`` of `datasets` for a source, its revision and what is ``given``. Raises SourceError."""
     import datasets
 
     source = asked.path
@@ -386,7 +386,7 @@ def _ask_datasets(asked: Source, ask: Callable[..., T], **given: str | None) -> 
 
 
 def _not_found(asked: Source, page: str) -> tuple[str, str]:
-    """What is wrong with a data set that `datasets` does not find, as the hub has it by a class, and the remedy."""
+    """Problem and remedy of a data set that `datasets` does not find, by the class of the hub's error."""
     import huggingface_hub as hub
 
     with suppress(Exception):  # whatever else it answers, if it does

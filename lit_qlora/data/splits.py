@@ -62,7 +62,7 @@ class Splits:
     note: str = ""
 
     def without(self, taken: Collection[str | None]) -> "Splits":
-        """The same without the splits called ``taken`` beside its training rows."""
+        """These splits without those called ``taken``, except for the training rows."""
         names = {kind: name for kind, name in self.names.items() if kind == "train" or name not in taken}
         return replace(self, names=names, unread=tuple(name for name in self.unread if name not in taken))
 
@@ -199,7 +199,7 @@ def _whole_kind(path: Path) -> str | None:
 
 
 def note_of(files: Mapping[str, list[Path]]) -> str:
-    """What to know of a pattern's ``files``: how many train, which of them look held-out, which part is not there.
+    """A note on a pattern's ``files``: how many are training rows, which look held out, which part is missing.
 
     It may be meant so, unlike in a folder: a pattern can ask for some of the parts.
     """
@@ -323,7 +323,7 @@ def _missing(paths: Sequence[Path]) -> list[str]:
 
 
 def beside(folder: Path, files: Mapping[str, list[Path]]) -> list[str]:
-    """What else than the files of its splits a folder holds that looks like rows: files, and folders of such.
+    """Files and folders in a folder that look like rows, beside the files of its splits.
 
     Args:
         folder: the source's; empty for a file.
@@ -343,7 +343,7 @@ def beside(folder: Path, files: Mapping[str, list[Path]]) -> list[str]:
 
 
 def others_beside(path: Path) -> tuple[Path, ...]:
-    """Where ``path``, or the folder of its file, is named for training, what is named likewise for another split."""
+    """Files or folders named like ``path``, or its folder, but for another split, if that is named for training."""
     for ours in (path, path.parent) if path.is_file() else (path,):
         own = _name_of(ours)
         if own.kind == "train" and ours.exists():

@@ -22,7 +22,7 @@ INST = [518, 25580, 29962]
 """The ids of the text "[INST]" by Meta's code."""
 
 TEXT_PROBES = ("Hello world", "two  spaces", "x = 12345\n\n\tend", "Größe, 漢字 🙂")
-"""Texts by which it shows whether a class of the library gives the ids of the tokenizer.json that it was loaded from.
+"""Texts that show whether a class of the library gives the ids of the tokenizer.json that it was loaded from.
 
 None begins with a space, which classes that put one there take for their own; `encode.Encoder` knows of that."""
 
@@ -183,7 +183,7 @@ def _load(base: str, kind: str = "AutoTokenizer", **changes: bool) -> "PreTraine
 
 
 def _check_config(base: str, location: str) -> dict[str, Any]:
-    """What tokenizer_config.json holds. Raises UserError for a value on which the library would fail."""
+    """The content of tokenizer_config.json. Raises UserError for a value on which the library would fail."""
     file = file_of(location, "tokenizer_config.json")
     if file is None:
         return {}

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 END = "⏹"
-"""Stands for an end that is learned: the model stops there."""
+"""The sign for a learned end: the model stops there."""
 
 SHORT_AMONG = 100
 """Rows of which the shortest is the example."""

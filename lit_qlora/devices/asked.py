@@ -13,7 +13,7 @@ from lit_qlora.place import COMMAND
 from lit_qlora.wording import number_of
 
 MOST_ON_CPU = max(8, os.cpu_count() or 1)
-"""Processes on a CPU, at most: there they are for trying."""
+"""Most processes on a CPU, where they only serve to try it out."""
 
 Precision = Literal["auto", "16-mixed", "bf16-mixed", "32-true"]
 """Values of ``trainer.precision``."""
@@ -112,7 +112,7 @@ def check_world(num_here: int, num_nodes: int) -> None:
 
 
 def check_started(devices: object, num_here: int, num_nodes: int) -> None:
-    """Raises UserError in a process alone of a run that is to have several.
+    """Raises UserError in a single process of a run that is to have several.
 
     Args:
         devices: as in ``trainer.devices``, for messages.

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from heapq import heapreplace
 
 FIXED_TOKENS = 128
-"""What a micro-batch costs beside its tokens, as so many tokens: dequantised weights. A 7B's take 0.2 s on a T4, of
+"""Cost of a micro-batch beside its tokens, in tokens: dequantised weights. A 7B's take 0.2 s on a T4, of
 about 1.5 ms per token."""
 EVALUATED_AT_ONCE = 8
 """Micro-batches per device that are dealt together where no gradient waits for them."""
@@ -18,7 +18,7 @@ def deal(sizes: Sequence[int], num_devices: int) -> list[int]:
 
     Args:
         sizes: tokens of each micro-batch, padding counted.
-        num_devices: they are shared by.
+        num_devices: number of devices.
     """
     devices = [0] * len(sizes)
     loads = [(0, device) for device in range(num_devices)]  # a heap: the least load first, of equal ones the first
@@ -34,7 +34,7 @@ def deal_steps(sizes: Sequence[int], at_once: int, num_devices: int) -> list[int
     Args:
         sizes: tokens of each micro-batch, padding counted.
         at_once: micro-batches that `deal` is given at a time, as those of an optimizer step.
-        num_devices: they are shared by.
+        num_devices: number of devices.
     """
     return [device for step in steps(sizes, at_once) for device in deal(step, num_devices)]
 
@@ -55,7 +55,7 @@ def efficiency(sizes: Sequence[int], at_once: int, num_devices: int) -> float:
     Args:
         sizes: tokens of each micro-batch, padding counted.
         at_once: micro-batches that are dealt at a time.
-        num_devices: they are shared by.
+        num_devices: number of devices.
     """
     if num_devices == 1:
         return 1.0

@@ -16,9 +16,9 @@ from lit_qlora.devices.world import OF_TORCHRUN, LostError, board, hang_up, is_f
 from lit_qlora.errors import UserError
 
 REPORT_WAIT_S = 20.0
-"""How long another process waits for the first to have said something: it may still import torch."""
+"""Seconds that another process waits for the report of the first, which may still import torch."""
 LINGER_S = 3.0
-"""How long the first stays, so that the others hear that it has."""
+"""Seconds that the first process stays, so that the others learn of its report."""
 
 
 def report_once(problem: str | UserError) -> None:
@@ -55,7 +55,7 @@ def _print_for_all(problem: str | UserError) -> None:
 
 
 def _is_said(problem: str | UserError) -> bool:
-    """True if the first process has said what is wrong, after hearing it from here unless this one has lost another."""
+    """True if the first process has reported the problem, after getting it from here unless this is a `LostError`."""
     is_lost = isinstance(problem, LostError)
     try:
         found = board(timedelta(seconds=REPORT_WAIT_S))

@@ -35,7 +35,7 @@ PARENT = "LIT_QLORA_PARENT"
 AGENT = "TORCHELASTIC_RUN_ID"
 """Environment variable of a process started by torchrun's agent."""
 GRACE_S = 6.0
-"""Seconds that the others have to end by themselves behind the first that failed."""
+"""Seconds that the other processes have to end by themselves after one has failed."""
 LOST = 75
 """The exit status, between themselves and the command that began them, of a process that has lost another."""
 WHY = {
@@ -50,8 +50,8 @@ class SeveralAsked(Exception):  # noqa: N818  # nothing went wrong
 
 
 def take_place(is_for_several: bool = True) -> list[str]:
-    """Find which process this is, by what torchrun, srun or `run_several` left in the environment; it then says so in
-    torchrun's names, and nothing else does.
+    """Find which process this is, by what torchrun, srun or `run_several` left in the environment, and record it there
+    in torchrun's names alone.
 
     Args:
         is_for_several: False for what one process does. That it is one of several stays in the environment, for the
@@ -122,7 +122,7 @@ def _by_slurm() -> dict[str, str] | None:
 
 
 def _end_with_parent(parent: int) -> None:
-    """Have the system end this process when what began it does, even if that was killed."""
+    """Have the system end this process when its parent ends, even if that is killed."""
     if sys.platform == "linux":
         import ctypes
 
@@ -137,20 +137,20 @@ def was_started() -> bool:
 
 
 def lose(error: LostError) -> int:
-    """The status of this process, begun by `run_several`, which lost another; ``error`` is kept like all it says."""
+    """Exit status of a process of `run_several` that lost another; ``error`` is printed to its kept output."""
     if world().rank:
         complain(error, of_process())
     return LOST
 
 
 def of_process(place: World | None = None) -> str:
-    """What stands before an error of one of several processes, the one at ``place``; by default of this one."""
+    """The prefix of an error of one of several processes: the one at ``place``; by default this one."""
     place = place or world()
     return f"error: process {place.rank} of {place.size}: "
 
 
 class _Child:
-    """One of the processes. Of all but the first, what they say is kept, and shown if one fails first."""
+    """One of the processes. The output of all but the first is kept, and shown if it is the first to fail."""
 
     def __init__(self, args: Sequence[str], rank: int, count: int, store: Path) -> None:
         self.rank = rank
@@ -214,7 +214,7 @@ def run_several(args: Sequence[str], count: int) -> int:
 def _wait(children: list[_Child], sent: list[int], hand_on: Handler) -> int:
     """Wait until all have ended; return the status of the first that failed, after showing what it said.
 
-    Signals in ``sent`` they have got by ``hand_on``.
+    Signals in ``sent`` have reached them through ``hand_on``.
     """
     living, failed, ends_at = [*children], None, float("inf")
     first_status, alone_until = 0, float("inf")
@@ -245,7 +245,7 @@ def _wait(children: list[_Child], sent: list[int], hand_on: Handler) -> int:
 
 
 def _last_word(child: _Child, count: int) -> str:
-    """Why ``child`` ended, as one line where it is the user's to mend."""
+    """The reason why ``child`` ended, in one line if the user can fix it."""
     code = child.process.returncode
     if code < 0:
         name = signal.Signals(-code).name

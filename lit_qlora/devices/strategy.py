@@ -20,7 +20,7 @@ from lit_qlora.devices.world import barrier, by_first, from_first, gathered, pee
 from lit_qlora.errors import UserError
 
 SAME = 1e-3
-"""How far the norms of the processes' adapters may differ, relative: cards of one kind give the same bits."""
+"""Largest relative difference of the norms of the processes' adapters: cards of one kind give the same bits."""
 
 
 class OneOfSeveral(TorchElasticEnvironment):
@@ -71,7 +71,7 @@ class Replicas(ParallelStrategy):
         self._through_one_buffer(gradients, distributed.all_reduce)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Write it in the first process; what comes of it comes in all.
+        """Write a checkpoint in the first process; if that fails, it fails in all.
 
         Args:
             checkpoint: the same in all processes.
@@ -91,7 +91,7 @@ class Replicas(ParallelStrategy):
         by_first(lambda: self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options))
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read it in the first process, for all: the others' machines need not have it."""
+        """Read a checkpoint in the first process, for all: other machines need not have it."""
         torch.cuda.empty_cache()
         return by_first(lambda: self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only))
 
@@ -100,11 +100,11 @@ class Replicas(ParallelStrategy):
         barrier()
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """What the first process, or that of number ``src``, has."""
+        """The object of the first process, or of number ``src``."""
         return from_first(obj) if src == 0 else gathered(obj)[src]
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """A tensor over all processes.
+        """A tensor reduced over all processes.
 
         Args:
             tensor: the same shape in all; what is no tensor stays as it is.

@@ -26,13 +26,13 @@ OF_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 STORE = "LIT_QLORA_STORE"
 """Environment variable of processes that this project started: the file through which they find each other."""
 LONGEST_WAIT = timedelta(days=1)
-"""How long one process may take for what the others wait for, such as a download; one that ends is noticed at once."""
+"""Longest wait for a process, such as during a download; one that ends is noticed at once."""
 DEAD = timedelta(minutes=10)
-"""How long a device may take for its part of a step."""
+"""Longest time of a device for its part of a step."""
 LONG = timedelta(seconds=30)
-"""A wait for other processes that is reported: they start within seconds of each other, as a rule."""
+"""Wait for other processes after which it is reported: as a rule, they start within seconds of each other."""
 REPLY = timedelta(seconds=5)
-"""How long a program that is there may take to answer."""
+"""Longest time in which a running program answers."""
 
 
 class World(NamedTuple):
@@ -72,18 +72,18 @@ def world() -> World:
 
 
 def is_first() -> bool:
-    """True in the process that alone speaks and writes; with one process always."""
+    """True in the process that alone prints and writes; with one process always."""
     return world().rank == 0
 
 
 _host_group: list[Any] = []
 """The group for what goes over the host, once the processes have joined."""
 _store: list[Any] = []
-"""Where processes find each other, once it is open."""
+"""The store in which processes find each other, once it is open."""
 
 
 def master() -> tuple[str, int]:
-    """Where the first process, or torchrun, keeps the store by which processes find each other: host and port.
+    """Host and port of the store by which processes find each other, kept by the first process or by torchrun.
 
     Raises UserError where the environment does not say it.
     """
@@ -110,7 +110,7 @@ def half_of(count: str, other: str, by: str = "torchrun") -> UserError:
 
 
 def board(limit: timedelta) -> Any:
-    """Where each process can leave words for all, whether or not they have joined: a key-value store of torch's.
+    """A key-value store of torch's, in which each process can leave messages for all, whether or not they have joined.
 
     It may take until ``limit`` to reach it. Raises UserError if it can't be reached, or the environment does not say
     where it is.
@@ -336,7 +336,7 @@ def barrier() -> None:
 
 
 _notes: list[str] = []
-"""What this process has to say, and the first is to print."""
+"""Lines of this process that the first one is to print."""
 
 
 def note_at_agreement(line: str) -> None:
@@ -420,7 +420,7 @@ def from_first(value: T) -> T:
 
 
 def by_first(do: Callable[[], T]) -> T:
-    """What ``do`` gives in the first process, which alone runs it.
+    """The result of ``do`` in the first process, which alone runs it.
 
     Raises what it raised there: an OSError in the others too, in whose place they would continue alone; for all else,
     which the first process reports, SystemExit.

@@ -48,7 +48,7 @@ OPTIONS: dict[str, Callable[[Forecast, Forecast], str]] = {
     "max_length": lambda was, now: f"--data.max_length {now.max_length}",
     "shard_to": lambda was, now: "--model.shard_to host",
 }
-"""What to give on the command line where a field of a forecast changes, in the order of a message."""
+"""Options for the command line where a field of a forecast changes, in the order of a message."""
 
 
 def _changed_options(was: Forecast, now: Forecast) -> str:
@@ -211,7 +211,7 @@ def _first(steps: list[Forecast], fits: Callable[[Forecast], bool], by_halves: b
 def _can_fit(forecast: Forecast, ladder: Sequence[Rung], share: float) -> bool:
     """True if the kinds of ``ladder``, each left out or taken to its last step, can make it fit.
 
-    Left out, too: several micro-batches need a second set of gradients, and can take more memory than one.
+    Each may be left out, since several micro-batches need a second set of gradients, and can take more memory than one.
     """
     if not ladder:
         return forecast.fits(share)

@@ -70,7 +70,7 @@ def memory_lines(forecast: Forecast) -> Iterator[str]:
 
 
 def shared_lines(forecast: Forecast) -> Iterator[str]:
-    """How the shared base of a ``forecast`` is kept, and what comes to each card."""
+    """Lines on where a ``forecast`` keeps the shares of a base, and how many bytes come to each card."""
     step = forecast.step
     of = f"each card keeps 1/{step.sharers} of the base's layers" if step.sharers > 1 else "the base's layers are kept"
     where = " in the host's memory" if step.shares_on_host else ""
@@ -137,7 +137,7 @@ def uneven(accumulate: int, num_devices: int) -> str:
 
     Args:
         accumulate: micro-batches of a step.
-        num_devices: they are shared by.
+        num_devices: number of devices.
     """
     rest = accumulate % num_devices
     return f" (--trainer.accumulate_grad_batches {accumulate + num_devices - rest} shares out evenly)" if rest else ""

@@ -76,8 +76,8 @@ class Architecture:
         return tuple(name for name, key in self.biases.items() if key is None or config.get(key))
 
     def identity(self, config: Mapping[str, Any]) -> tuple[Any, ...]:
-        """What distinguishes it in the fingerprint of a base with ``config``; nothing for Llama: at first there was
-        only it.
+        """The architecture's part of the fingerprint of a base with ``config``; empty for Llama, which at first was the
+        only one.
         """
         return () if self.model_type == "llama" else (self.model_type, self.window(config))
 

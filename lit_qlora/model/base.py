@@ -48,12 +48,12 @@ class Base:
 
     @property
     def in_4_bits(self) -> bool:
-        """True if it was saved in 4 bits."""
+        """True if the base was saved in 4 bits."""
         return "quantization_config" in self.config
 
     @property
     def context_tokens(self) -> int:
-        """The longest sequence that it was made for and that is computed alike here and there, in tokens.
+        """The longest sequence, in tokens, that the base was made for and that every program computes alike.
 
         Behind a sliding window each layer would have to forget, which our own layers don't; within it there is nothing
         to forget, and every program computes the same.
@@ -67,7 +67,7 @@ class Base:
 
     @property
     def architecture(self) -> Architecture:
-        """What distinguishes it from a Llama."""
+        """The entry of the base's architecture."""
         return architecture_of(self.config)
 
     @property

@@ -119,7 +119,7 @@ class LoraBuffers:
 
 
 def why_not(model: Any) -> str | None:
-    """What of ``model``, a 4-bit base with LoRA, these layers can't compute; None if they can.
+    """The reason why these layers can't compute ``model``, a 4-bit base with LoRA; None if they can.
 
     Decided by the modules that would compute it, not by their configurations. A sliding window is none of them: rows
     longer than that are refused (`Base.context_tokens`).
@@ -397,8 +397,8 @@ class _DecoderLayer(torch.autograd.Function):
 
 
 def _holds(how: _How) -> bool:
-    """True if weights are dequantised once for all micro-batches. A shared base is one for which memory is short, and
-    what its layers cost is that they come."""
+    """True if weights are dequantised once for all micro-batches. With a shared base, memory is short, and what takes
+    time is that its layers come."""
     return len(how.places) > 1 and not how.layer.weights.fetch
 
 

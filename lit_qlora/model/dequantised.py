@@ -28,11 +28,11 @@ class Quantised(NamedTuple):
 
 
 class Weights:
-    """Gives the weights of one decoder layer's linear layers, ``[out, in]``.
+    """The weights of one decoder layer's linear layers, ``[out, in]``, dequantised on request.
 
     Args:
-        quantised: those of the linear layers, in the layer's order.
-        fetch: of a shared base, brings them here: called with 1 before a forward, -1 before a backward.
+        quantised: 4-bit weights of the linear layers, in the layer's order.
+        fetch: brings the weights of a shared base here: called with 1 before a forward, -1 before a backward.
         compiles: True to dequantise by one compiled kernel on a GPU, instead of bitsandbytes' three.
     """
 

@@ -72,7 +72,7 @@ class Graphs:
         self._pool = torch.cuda.graph_pool_handle() if self.weights[0].is_cuda else None
         self._recordings: OrderedDict[tuple[int, int], _Recording] = OrderedDict()
         self._lost: Counter[tuple[int, int]] = Counter()
-        """Replays' time lost to padding by shapes that have no recording yet."""
+        """Time lost to padding, in replays, by each shape that has no recording yet."""
         self._states = [self.weights[0].new_empty(0)] * 2
         # The leaf of the graph. Not a weight: its node in a graph that still exists would tie a recording to the outer
         # stream.

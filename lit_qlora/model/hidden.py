@@ -177,7 +177,7 @@ class ComputesSums(LightningModule):
         self.release()
 
     def _choose_kept(self, dtype: torch.dtype) -> None:
-        """What layers keep. On a GPU, `callbacks.warmup` knows the batches, and so what ``auto`` has the room for."""
+        """Choose what layers keep. On a GPU, ``auto`` waits for `callbacks.warmup`, which knows the batches."""
         shape, is_auto = self.base.shape, self.checkpointing == "auto"
         is_open = is_auto and self.device.type == "cpu" and not self.slow_because
         self.kept_layers = shape.num_layers if is_open or self.checkpointing in ("selective", "none") else 0

@@ -5,11 +5,11 @@ from pathlib import Path
 from lit_qlora.devices.world import world
 
 ROOM_SHARE = 2
-"""The part of the available memory that what is kept to save time may take, as one of so many."""
+"""Divisor of the available memory, for the part that may be used to save time."""
 
 
 def memory_bytes() -> tuple[int, int] | None:
-    """Memory of this machine, or of the container where that has less: all, and available; None if unknown."""
+    """Total and available bytes of this machine, or of the container if that has less; None if unknown."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         kib = {line.split(":")[0]: int(line.split()[1]) for line in lines}
@@ -23,6 +23,6 @@ def memory_bytes() -> tuple[int, int] | None:
 
 
 def room_bytes() -> int:
-    """What this process, of those of this machine, may keep to save time; 0 where the memory is unknown."""
+    """Bytes that this process, one of those on this machine, may use to save time; 0 if the memory is unknown."""
     memory = memory_bytes()
     return memory[1] // ROOM_SHARE // world().local_size if memory else 0

@@ -42,9 +42,9 @@ class LearnsInParts(ComputesSums):
         self._learning: list[Waiting] = []
         """Micro-batches that are learned together with the current one, itself included."""
         self._loss: tuple[list[Tensor], Tensor] | None = None
-        """Their losses, and the detached stand-in for others, which holds no graph."""
+        """Losses of the micro-batches of `_learning`, and the detached stand-in for them, which holds no graph."""
         self._learned: tuple[list[tuple[torch.nn.Parameter, Tensor]], Tensor] | None = None
-        """Their gradients, if made in `training_step`, and the gradient of the stand-in that they were made for."""
+        """Gradients, if made in `training_step`, and the gradient of the stand-in that they were made for."""
         self._chance: Callable[[], None] = lambda: None
         """A function that makes the current micro-batch draw the same random numbers again."""
         self._num_answers: int | None = None
@@ -145,7 +145,7 @@ class LearnsInParts(ComputesSums):
         return loss_sum * (self.trainer.accumulate_grad_batches / max(batch.step_answer_tokens, 1))
 
     def _figures(self, found: Sequence[Sums]) -> dict[str, Any]:
-        """What a training step returns: sums over micro-batches, and those of ``each``, for exact sums of theirs."""
+        """The result of a training step: sums over its micro-batches, and of ``each``, so that these add up exactly."""
         names = AnswerSums.NAMES
         each: list[dict[str, Any]] = [dict(zip(names, (loss.detach(), *rest), strict=True)) for loss, *rest in found]
         nothing = dict(zip(names, self.nothing(), strict=True))
@@ -294,7 +294,7 @@ class LearnsInParts(ComputesSums):
         return earlier
 
     def _take_back(self, earlier: list[tuple[torch.nn.Parameter, Tensor]], adds: bool) -> None:
-        """Restore them; plus those made meanwhile if it ``adds``."""
+        """Restore the gradients that were set aside; plus those made meanwhile, if ``adds``."""
         for parameter in () if adds else self.parameters():
             parameter.grad = None
         for parameter, gradient in earlier:

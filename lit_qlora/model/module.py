@@ -158,7 +158,7 @@ class QLoRAModule(LearnsInParts):
         self._recorded: PromptFormat | None = None
         """The prompt format in the Lightning checkpoint that the module was loaded from."""
         self._reported = set[str]()
-        """What has been reported about a script's data."""
+        """Lines about a script's data that have been printed."""
         self._loaded_for: tuple[torch.dtype, str] | None = None
         """The dtype and the device type that the model was loaded for."""
         self._num_waiting: Counter[int] = Counter()
@@ -479,7 +479,7 @@ class QLoRAModule(LearnsInParts):
             seed_by_position(self._data.seed, self.trainer.current_epoch, batch_idx, self.device)
 
     def _count_passes(self, shards: Shards, device: int, batch_idx: int) -> None:
-        """Note who goes through the layers at a micro-batch of ``device``: whoever does not wait for more."""
+        """Note which processes go through the layers at a micro-batch of ``device``: those that don't wait for more."""
         self._num_waiting[device] += 1
         for other, number in [*self._num_waiting.items()]:
             if number >= self._most_together or ends_step(self.trainer, batch_idx):
@@ -492,7 +492,7 @@ class QLoRAModule(LearnsInParts):
             self.shards.keep_pace(backward=True)
 
     def on_validation_start(self) -> None:
-        """The same where a validation falls inside of a step."""
+        """Take part in the rest of the step likewise, if a validation falls inside of it."""
         if self.shards:
             self.shards.keep_pace(backward=True)
 

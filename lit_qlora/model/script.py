@@ -219,7 +219,7 @@ def check_batch(batch: Any, num_ids: int) -> None:
 
 
 def to_record(base: Base, lora: Lora, prompt_format: PromptFormat) -> dict[str, Any]:
-    """What a checkpoint holds under `OF`.
+    """The record of a checkpoint under `OF`.
 
     Args:
         base: that is trained.

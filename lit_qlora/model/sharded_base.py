@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 
 def check_host(shape: Shape) -> None:
-    """Raises UserError, before a weight is loaded, where this machine's memory holds its processes' shares of a base
-    of ``shape`` not even alone."""
+    """Raises UserError, before a weight is loaded, if this machine's memory can't hold even the shares of its processes
+    of a base of ``shape``."""
     here, memory = world(), host.memory_bytes()
     needed_bytes = shape.num_layers * shape.layer_bytes * here.local_size // here.size
     if memory and needed_bytes > memory[1]:

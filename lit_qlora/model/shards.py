@@ -155,7 +155,7 @@ class Shards:
         return len(self._buffers[0])
 
     def describe(self) -> str:
-        """What is where, in words."""
+        """The places of the layers, in words."""
         where = "in the host's memory" if self.on_host else "on its card"
         of = f"each of {self.size} processes keeps {size(self.own_bytes)}" if self.size > 1 else size(self.own_bytes)
         return f"the base's layers are shared: {of} {where}, and two at a time are whole ({size(2 * self.layer_bytes)})"

@@ -41,7 +41,7 @@ _OF_RUN = dict.fromkeys(
     "steps": whole(0, 10**15),
     "settings": Kind("the settings of a run", _are_settings),
 }
-"""What identifies a run in its checkpoints."""
+"""The keys that identify a run in its checkpoints, with their kinds."""
 
 
 def run_record(checkpoint: Mapping[str, Any], folder: object) -> dict[str, Any]:

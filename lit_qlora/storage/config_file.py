@@ -42,7 +42,7 @@ class NoReferences(yaml.SafeLoader):
 
 
 def problem_of(error: yaml.YAMLError) -> str:
-    """What is wrong with a text that is no YAML, by PyYAML's ``error``, in its words without its places."""
+    """The problem of a text that is no YAML, from PyYAML's ``error``, in its words without its places."""
     if isinstance(error, yaml.reader.ReaderError):
         return f"unacceptable character #x{error.character:04x}"
     return one_line(getattr(error, "problem", None) or error)

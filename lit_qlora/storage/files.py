@@ -22,7 +22,7 @@ from lit_qlora.errors import UserError, excerpt, one_line
 
 GIB = 1024**3
 NO_VALUE = "it holds a number, a date or a tag that can't be one"
-"""What is wrong where YAML's reader fails by an error of Python's."""
+"""The problem if YAML's reader fails by an error of Python's."""
 _UNKNOWN_HERE = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EBADF, errno.EISDIR}
 """Errors by which a mounted file system refuses what only local disks support."""
 
@@ -162,7 +162,7 @@ def write_file(path: Path, content: str | bytes) -> None:
 LFS = b"version https://git-lfs"
 """The beginning of what git leaves in place of a large file where git-lfs is missing."""
 LFS_POINTER = "is a git-LFS pointer, not the file itself", "run 'git lfs pull' where it was cloned"
-"""What is wrong with a file that begins so, and what to do."""
+"""Problem and remedy of a file that begins so."""
 
 
 def decoded(content: bytes, *, remedy: str = "save it as UTF-8", **fields: Any) -> str:

@@ -263,7 +263,7 @@ class Mirror:
             self._copied[file] = now
 
     def _there(self, file: Path) -> Path:
-        """Where the copy of a file of the run is."""
+        """The path in the copy of a ``path`` in the run."""
         return self.copy.path / file.relative_to(self.run.path)
 
 

@@ -111,7 +111,7 @@ class RunFolder:
         self.rows = path / "rows.json"
         """The record of which rows are learned and which are held out."""
         self.decisions = path / "decisions.json"
-        """What the newest start decided, and by which versions."""
+        """The record of the newest start's decisions and package versions."""
         self.report = path / "report.html"
         self.finished_mark = path / "finished.json"
         self.whole = set[int]()

@@ -50,7 +50,7 @@ MAY_CHANGE: Mapping[str, str] = {
     "model.adapter": "a copy elsewhere is the same adapter",
 }
 ROW_SETTINGS = ("data.source", "data.validation_source")
-"""Where rows are: may change as long as the rows are the same ones, which shows once they are read."""
+"""Settings that say where rows are; they may change if the rows are the same, which shows once they are read."""
 TRAINS_ONLY = (
     "save_every_steps", "save_every_minutes", "keep_checkpoints", "mirror", "max_time", "max_nonfinite_losses",
     "early_stopping", "samples", "model.rank", "model.alpha", "model.dropout", "model.target_modules", "model.rslora",

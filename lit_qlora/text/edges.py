@@ -59,7 +59,7 @@ WRITTEN_OUT = (
 
 
 _COLON = r"(?::(?=[\s\w]|\Z))?"
-"""What InternLM and MOSS put behind a role's token."""
+"""The colon that InternLM and MOSS put behind a role's token."""
 ZERO_WIDTH = "\u200b\u2060\ufeff"
 """Characters that take no room, and say nothing at an edge: what copying from a page or a file leaves there."""
 DIRECTIONS = "\u00ad\u061c\u200c\u200d\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
@@ -157,7 +157,7 @@ def _is_spoken_of(text: str, mark: re.Match[str], marks: Sequence[str]) -> bool:
 
 @lru_cache
 def _opened_inside(found: tuple[str, ...], marks: tuple[str, ...]) -> re.Pattern[str]:
-    """What matches, as its group, a turn opened inside a text that had the marks ``found`` at its edges."""
+    """The pattern whose group is a turn opened inside of a text that had the marks ``found`` at its edges."""
     opener = _patterns(marks)[2]
     is_opened = any(_opens(one, marks) or one in OPENERS for one in found)
     before = "" if is_opened else rf"{_any_of(found)}(?:\s|{_any_of(marks)})*"
@@ -166,7 +166,7 @@ def _opened_inside(found: tuple[str, ...], marks: tuple[str, ...]) -> re.Pattern
 
 @lru_cache
 def _patterns(marks: tuple[str, ...]) -> tuple[re.Pattern[str], re.Pattern[str], str, int, tuple[str, ...]]:
-    """What matches a mark with its role at a text's beginning, at its end, and one that opens a turn anywhere; the
+    """Patterns of a mark with its role at a text's beginning, at its end, and of one that opens a turn anywhere; the
     length of the longest such; and the marks in lower case.
     """
     known = [mark for mark in marks if mark.strip()]

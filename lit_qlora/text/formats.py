@@ -84,7 +84,7 @@ class PromptFormat(ABC):
     """True if its text after a special token may start with a space."""
 
     def of(self, tokens: SpecialTokens) -> Self:
-        """The same with the special ``tokens`` of a tokenizer."""
+        """This format with the special ``tokens`` of a tokenizer."""
         return replace(self, tokens=tokens)
 
     @property
@@ -212,7 +212,7 @@ class PromptFormat(ABC):
     @property
     @abstractmethod
     def version(self) -> str:
-        """What distinguishes it from another in a message."""
+        """Words that distinguish the format from another in a message."""
 
     @property
     @abstractmethod
@@ -236,7 +236,7 @@ class PromptFormat(ABC):
     @property
     @abstractmethod
     def assumption(self) -> str:
-        """What is used of an adapter that does not record its format, in words; see `is_assumed`."""
+        """Words on the format of an adapter that does not record its own; see `is_assumed`."""
 
     @abstractmethod
     def notes(self, of_base: str | None = None) -> list[str]:
@@ -313,7 +313,7 @@ def built_in() -> dict[str, str]:
 
 
 def names() -> list[str]:
-    """What ``data.template`` may be, beside a file and a template's text."""
+    """The values of ``data.template``, beside a file and a template's text."""
     return [LLAMA_2, *built_in(), OF_BASE]
 
 

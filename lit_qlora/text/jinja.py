@@ -39,7 +39,7 @@ METHODS = frozenset((
     "strip", "swapcase", "title", "upper", "values"
 ))  # fmt: skip
 GLOBALS = frozenset(("dict", "namespace", "raise_exception", "range", "strftime_now"))
-"""What a template may call: what chat templates are written with, whose results are in proportion to what goes in."""
+"""Functions that a template may call: those of chat templates, whose results are in proportion to what goes in."""
 
 _COUNTED, _SIZED, _JOINED, _READ = (f"lit_qlora_{name}" for name in ("counted", "sized", "joined", "read"))
 """Filters around what a template loops over, its lists and tables, what it joins with ``~``, and what it compares or
@@ -72,7 +72,7 @@ class Missing(jinja2.Undefined):
 
 
 class _Room:
-    """What one rendering may still do.
+    """The room that one rendering still has.
 
     Args:
         template_chars: Length of the template.
@@ -232,13 +232,13 @@ def _check_bits(bits: int) -> None:
 
 
 def _joined(parts: list[Any]) -> str:
-    """What ``~`` makes of ``parts``."""
+    """The text that ``~`` makes of ``parts``."""
     _left().measure(parts)
     return "".join(map(str, parts))
 
 
 def _read_through(value: Any) -> Any:
-    """What is compared, or a part of a text or list: it is read from one end to the other."""
+    """``value``, which is compared or cut, once counted: it is read from one end to the other."""
     if hasattr(value, "__len__"):
         _left().work(len(value) // 1000)
     return value

@@ -44,7 +44,7 @@ TEXT_TYPES = ("text", "input_text", "output_text")
 TOOL_RESULT = "tool_result"
 """Type of a part that holds what a tool gave: a text, or parts; Anthropic's API has it in a message of the user."""
 JOINT = "\n\n"
-"""What stands between texts that are joined into one turn."""
+"""The text between those that are joined into one turn."""
 
 CALLED = "rows with tool calls, which are not learned"
 ANSWERED_BY_TOOL = "rows with results of tools, which stand in the prompt"
@@ -255,7 +255,7 @@ def _role(said_by: Any) -> str | None:
 def _said_in(
     where: str, role: str, row: dict[str, Any], changed: dict[str, None], marks: Sequence[str]
 ) -> tuple[str | None, tuple[str, ...]]:
-    """What is said in a message, and the marks taken off; None where its content is null, or holds no text."""
+    """The text of a message, and the marks taken off; None if its content is null, or holds no text."""
     content = _value(where, row, CONTENT)
     if content is None and (any(name in row for name in CONTENT) or any(is_there(row.get(key)) for key in CALLS)):
         return None, ()
@@ -355,7 +355,7 @@ def _unused(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _value(where: str, row: dict[str, Any], names: tuple[str, ...]) -> Any:
-    """What stands under one of ``names``; parquet fills up the other dialect's with nulls, pandas with NaN."""
+    """The value under one of ``names``; parquet fills up the other dialect's with nulls, pandas with NaN."""
     there = [value for name in names if (value := row.get(name)) is not None and not _is_nan(value)]
     if any(value != there[0] for value in there):
         raise ValueError(f"{where}: {' and '.join(names)} hold different things, expected one of the two")

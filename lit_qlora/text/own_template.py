@@ -115,7 +115,7 @@ class Template(PromptFormat):
 
     @cached_property
     def _closing(self) -> str:
-        """What closes the thoughts that a prompt opens, where the template writes answers without; else nothing."""
+        """The text that closes a prompt's open thoughts, if the template writes answers without them; else empty."""
         marks = ["", _mark(1), _mark(2)]
         try:
             prompt, whole = self._as_written(marks[:2], True), self._as_written(marks, False)
@@ -364,7 +364,7 @@ class Template(PromptFormat):
         return f"{{{{ $later := false }}}}{first}{{{{ range .Messages }}}}{turn}{{{{ end }}}}"
 
     def _around(self, has_system: bool) -> list[str]:
-        """What stands before, between and behind the texts said in three rounds, with `_EDGE` at answers' edges."""
+        """The text before, between and behind what is said in three rounds, with `_EDGE` at answers' edges."""
         written, was_answer = "", False
         for piece in self._structure(3, has_system):
             written += _EDGE * (piece.is_answer != was_answer) + piece.text
@@ -499,7 +499,7 @@ class Template(PromptFormat):
         return prompt + self._closing + text[len(before) :]
 
     def _as_written(self, said: Sequence[str], add_generation_prompt: bool) -> str:
-        """The same, as the template has it."""
+        """The text of `_render`, as the template writes it."""
         roles = ("system", *(("assistant", "user")[number % 2] for number in range(1, len(said))))
         messages = [{"role": role, "content": text} for role, text in zip(roles, said, strict=True) if text]
         return jinja.render(self._compiled, messages, *self.spelled[:2], add_generation_prompt)

@@ -27,7 +27,7 @@ from lit_qlora.tools.doctoring import surroundings
 from lit_qlora.tools.doctoring.surroundings import Finding
 
 NOTEBOOKS = {"COLAB_RELEASE_TAG": "Colab", "KAGGLE_KERNEL_RUN_TYPE": "Kaggle"}
-"""Where a notebook runs, by a variable of its environment."""
+"""Services that run notebooks, by a variable of their environment."""
 DESCRIPTION = """Report what is wrong here, what to do about it, and what a fit would choose.
 
 Without options, it checks for the demo. The output contains no token and no folder name, so it can be pasted into an
@@ -37,7 +37,7 @@ LISTED = "the accepted options are listed by --help"
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of its options."""
+    """The parser of doctor's options."""
     made = argparse.ArgumentParser(
         f"{PROGRAM} doctor", description=DESCRIPTION, allow_abbrev=False, exit_on_error=False
     )

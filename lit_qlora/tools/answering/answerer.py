@@ -197,7 +197,7 @@ class Answerer:
 
     @cached_property
     def dtype(self) -> "torch.dtype":
-        """The precision: training's choice for this base and device."""
+        """The dtype to compute in: training's choice for this base and device."""
         from lit_qlora.model.device import choose_precision, compute_dtype, current_device
 
         return compute_dtype(choose_precision("auto", current_device(), self.base.shape.num_parameters)[0])
@@ -221,7 +221,7 @@ class Answerer:
         return lora.load_adapter(model, base, self.adapter, trainable=False)
 
     def answer_ids(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Answer]:
-        """Answer results of `prompt` as one batch.
+        """Answer prompts, as `prompt` encodes them, in one batch.
 
         Args:
             prompts: ids of each prompt, of any lengths.

@@ -52,7 +52,7 @@ class Door:
         self.app, self.fields = app, fields
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """One connection."""
+        """Handle one connection."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return

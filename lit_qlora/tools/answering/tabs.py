@@ -21,7 +21,7 @@ ANSWER_LIMIT = "Answer limit, under Settings,"
 WAITING = "(another page is being answered; this one is next in turn)"
 
 Messages = list[dict[str, Any]]
-"""What a column of the page shows, in gradio's form."""
+"""The messages of a column of the page, in gradio's form."""
 
 
 class WebQuestion(NamedTuple):

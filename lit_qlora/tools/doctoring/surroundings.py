@@ -58,7 +58,7 @@ def reason(error: BaseException) -> str:
 
 
 def packages() -> Iterator[Finding]:
-    """Each package that is needed: is it there, within its range, and can it be imported?"""
+    """Check that each needed package is there, within its range, and can be imported."""
     try:
         requirement: Any = importlib.import_module("packaging.requirements").Requirement
     except Exception:
@@ -146,7 +146,7 @@ def _dependencies() -> set[str]:
 
 
 def torchao() -> Iterator[Finding]:
-    """peft's own check of torchao, which raises for an old one."""
+    """Run peft's own check of torchao, which raises for an old one."""
     if importlib.util.find_spec("torchao") is None:
         return
     try:
@@ -168,7 +168,7 @@ def torchao() -> Iterator[Finding]:
 
 
 def gpu() -> Iterator[Finding]:
-    """The GPU by torch, beside the output of the driver's own program."""
+    """Compare the GPU that torch sees with the output of the driver's own program."""
     name, driver = _first_gpu()
     seen, torch = f"{name} driver {driver}" if name else "", _torch()
     if torch is None:
@@ -302,7 +302,7 @@ def four_bit() -> Iterator[Finding]:
 
 
 def host_memory() -> Iterator[Finding]:
-    """Memory of this machine."""
+    """Compare this machine's memory with what loading a base takes."""
     found = host.memory_bytes()
     if found is None:
         yield Finding("ok", "host memory: unavailable on this system")
@@ -353,7 +353,7 @@ def hub_cache() -> Path:
 
 
 def token() -> Iterator[Finding]:
-    """The place of the hub's token, if there is one; never its value."""
+    """Report where the hub's token is, if there is one; never its value."""
     if any(os.environ.get(name, "").strip() for name in TOKEN_VARIABLES):
         yield Finding("ok", "token: in the environment")
         return

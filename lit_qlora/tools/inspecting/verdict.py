@@ -27,7 +27,7 @@ FAULT_REMEDIES = {
     "question": "a fault of the encoder: please report it",
     "batch": "clear the cache of encoded rows (lit_qlora in HF_DATASETS_CACHE)",
 }
-"""What to do about each kind."""
+"""Remedies by kind of fault."""
 
 ROWS_PER_CALL = 512
 """Rows whose texts are decoded in one call."""
@@ -74,7 +74,7 @@ class Judge:
         return frozenset(ids if unknown in (encoder.bos_id, encoder.eos_id) else ids - {unknown})
 
     def read_back(self, rows: Iterable[Sequence[Written]]) -> Iterator[tuple[Sequence[Written], list[str]]]:
-        """Each of ``rows``, as written, with its texts as decoded from their ids."""
+        """Yield each of ``rows``, as written, with its texts as decoded from their ids."""
         backend, remaining = self.encoder.tokenizer.backend_tokenizer, iter(rows)
         while some := list(islice(remaining, ROWS_PER_CALL)):
             ids = [ids for written in some for _, ids in _texts(written)]

@@ -57,7 +57,7 @@ class Bin(NamedTuple):
 
 
 def inspection_lines(seen: Look, accepted: Collection[str], colour: bool = False, whole: bool = False) -> Iterator[str]:
-    """All of it; the verdict is last.
+    """The lines of an inspection; the verdict is last.
 
     Args:
         seen: what is to be shown.
@@ -117,7 +117,7 @@ def part_figures(parts: Sequence[Part]) -> list[tuple[str, list[int]]]:
 
 
 def losses(part: Part, max_length: int) -> list[tuple[int, str]]:
-    """What of a part is dropped, cut, not used, or taken otherwise than it stands there; each with a number of rows.
+    """What is dropped, cut, not used or changed in a part, each with its number of rows.
 
     Args:
         part: what is learned, or what is held out.
@@ -339,7 +339,7 @@ def _row_numbers(places: Iterable[str]) -> str:
 
 
 def _placed(first: str, second: str, is_place: bool = False) -> Iterator[str]:
-    """Both on one line if they fit; else the second below the first, wrapped unless it is a place."""
+    """Two texts on one line if they fit; else the second below the first, wrapped unless it is a place."""
     if columns(f"{first} {second}") <= WIDTH:
         yield f"{first} {second}"
     else:

@@ -48,10 +48,10 @@ class Verdict(NamedTuple):
 
 
 def plan_lines(plan: Plan) -> Iterator[str]:
-    """The words of a plan.
+    """The lines that report a plan.
 
     Args:
-        plan: what they are of.
+        plan: to be reported.
 
     Yields:
         Lines; the last is the verdict.

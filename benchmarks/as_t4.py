@@ -1,4 +1,4 @@
-"""Runs a command of main.py on a larger GPU under the limits of a T4.
+"""Run a command of main.py on a larger GPU under the limits of a T4.
 
     python benchmarks/as_t4.py fit --config configs/colab_t4.yaml …
     python benchmarks/as_t4.py --gib 23.3 fit …    # this card, with less memory
@@ -22,11 +22,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from lit_qlora.model import device
 
 MEMORY_GIB = 14.2
-"""Of the 14.56 GiB that torch sees on a T4, without the CUDA context."""
+"""Memory that torch may take of the 14.56 GiB that it sees on a T4: without the CUDA context."""
 
 
 def emulate() -> None:
-    """Puts the limits on this process and its GPU, one of several or not, before its first product."""
+    """Put the limits on this process and its GPU, one of several or not, before its first product."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")  # torch's default below compute capability 9.0
     # Not in torch itself: its compiler would then build for another card than this one.
     limit_memory(MEMORY_GIB, "T4, emulated", (7, 5))
@@ -35,11 +35,12 @@ def emulate() -> None:
 
 
 def limit_memory(gib: float, name: str = "", capability: tuple[int, int] | None = None) -> None:
-    """Caps what torch may take of this process's GPU, and says that this is all there is.
+    """Cap the memory that torch may take of this process's GPU, and have the package see no more than that.
 
     Args:
-        gib: what torch may take, in GiB.
-        name, capability: what the package takes the GPU for; empty for what it is.
+        gib: Memory that torch may take, in GiB.
+        name: Name of the GPU that the package is to see; empty for its own.
+        capability: Compute capability that the package is to see; None for its own.
     """
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
@@ -49,7 +50,7 @@ def limit_memory(gib: float, name: str = "", capability: tuple[int, int] | None 
 
 
 def main() -> int:
-    """Runs the command under the limits; returns its exit status."""
+    """Run the command under the limits; return its exit status."""
     from lit_qlora.cli import main as run
     from lit_qlora.cli import prepare_memory
 

@@ -8,14 +8,22 @@ from pathlib import Path
 
 
 def whole(text: str) -> int:
-    """A whole number from 1. For ``type=`` of argparse, as the next."""
+    """Return the whole number from 1 that ``text`` writes; for ``type=`` of argparse, as the next three.
+
+    Raises:
+        argparse.ArgumentTypeError: It is none.
+    """
     if not (text.isascii() and text.isdecimal()) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text}")
     return int(text)
 
 
 def above_0(text: str) -> float:
-    """A finite number above 0."""
+    """Return the finite number above 0 that ``text`` writes.
+
+    Raises:
+        argparse.ArgumentTypeError: It is none.
+    """
     try:
         value = float(text)
     except ValueError:
@@ -26,14 +34,22 @@ def above_0(text: str) -> float:
 
 
 def existing(text: str) -> Path:
-    """A folder that exists."""
+    """Return the path ``text`` of a folder that exists.
+
+    Raises:
+        argparse.ArgumentTypeError: There is no such folder.
+    """
     if not Path(text).is_dir():
         raise argparse.ArgumentTypeError(f"expected a folder, and {text} is none")
     return Path(text)
 
 
 def new(text: str) -> Path:
-    """A folder that is not there yet."""
+    """Return the path ``text``, at which there is nothing yet.
+
+    Raises:
+        argparse.ArgumentTypeError: A file or folder is there.
+    """
     if Path(text).exists():
         raise argparse.ArgumentTypeError(f"{text} exists already; give another, or remove it")
     return Path(text)
@@ -42,19 +58,32 @@ def new(text: str) -> Path:
 def refuse_unused(
     parser: argparse.ArgumentParser, options: argparse.Namespace, given: str, names: Sequence[str]
 ) -> None:
-    """Refuses options, by their ``names``, that ``given`` leaves without a use."""
+    """Refuse options that another one leaves without a use: ends with exit status 2 if one is not at its default.
+
+    Args:
+        parser: Parser of the options, which prints the error.
+        options: Parsed options.
+        given: The option that makes the others useless, as the error message names it.
+        names: Names of the useless ones, as attributes of ``options``.
+    """
     for name in names:
         if getattr(options, name) != parser.get_default(name):
             parser.error(f"--{name.replace('_', '-')} has no use with {given}: leave one of them out")
 
 
 def hide_gpus() -> None:
-    """Hides them from this process, if torch has not looked yet, and from those that it starts."""
+    """Hide GPUs from this process, if torch has not looked yet, and from those that it starts."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def require_gpus(parser: argparse.ArgumentParser, count: int, otherwise: str) -> None:
-    """Refuses to begin with fewer than ``count`` CUDA GPUs; ``otherwise`` says what to do."""
+    """Refuse to begin with too few CUDA GPUs: ends with exit status 2.
+
+    Args:
+        parser: Parser of the options, which prints the error.
+        count: Number of GPUs needed.
+        otherwise: What to do instead, in the words of the error message.
+    """
     import torch
 
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -1,17 +1,17 @@
-"""Measures lit-qlora beside its peers: the same rows, rank, targets, optimizer and learned tokens, in one run.
+"""Measure lit-qlora beside its peers: the same rows, rank, targets, optimizer and learned tokens, in one run.
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/compare.py --cpu --quick           # at most 8 minutes on two cores
     python benchmarks/compare.py --t4 --base DIR         # a larger GPU under a T4's limits
 
-Each peer runs in a process of its own, several times, in turns. Counted are tokens that are not padding, over whole
-optimizer steps, after a warm-up, over one pass through the rows at least: rows of other lengths take another time a
-token. Before the first step, and again after the last, each scores the same rows by its own loss: equal work. TRL's
-best settings are its length groups or its packing, whichever is quicker, Unsloth's its defaults, its packing with
-either checkpointing, or none; they pack without flash attention, too, and the loss of the same rows shows that no
-conversation sees another. Ends with a table and one line of JSON; with ``--output DIR`` both are kept there, with a
-picture. ``--quick`` measures short rows, too, the demo's, where a step's fixed costs count: our defaults beside each of
-TRL's settings, and the best beside the best.
+Each peer runs in a process of its own, several times, in turns. Tokens that are not padding are counted, over whole
+optimizer steps, after a warm-up, over at least one pass through the rows, since the time per token depends on their
+length. Before the first step, and again after the last, each scores the same rows by its own loss, to show that the
+work is equal. TRL's best settings are its length groups or its packing, whichever is quicker; Unsloth's its defaults,
+its packing with either checkpointing, or none. They pack without flash attention, too, and the loss of the same rows
+shows that no conversation sees another. Ends with a table and one line of JSON; with ``--output DIR`` both are kept
+there, with a picture. ``--quick`` measures short rows, too, the demo's, where a step's fixed costs count: our defaults
+beside each of TRL's settings, and the best beside the best.
 
 With ``--kernels`` each process is profiled: instead of its wall clock, the kernels' time per token is reported, by
 class, and what it projects for a T4 (see kernel_times.py).
@@ -49,12 +49,12 @@ PEERS = {
 }
 QUICK = ["lit_qlora", "lit_qlora_tokens", "trl_default", "trl_grouped", "trl_packed"]
 QUICK_MINUTES = 7.5
-"""After which --quick begins no repetition that would not end within them."""
+"""Time of --quick, which begins no repetition that would not end within it."""
 BEST = {
     "trl_best": ("trl_grouped", "trl_packed"),
     "unsloth_best": ("unsloth", "unsloth_packed", "unsloth_packed_plain", "unsloth_packed_kept", "unsloth_kept"),
 }
-"""Of a library that has several settings, the quickest one counts."""
+"""Settings of each library, of which the quickest counts."""
 OWN = ("lit_qlora", "lit_qlora_tokens", "lit_qlora_packed")
 GUANACO = "timdettmers/openassistant-guanaco"
 SHORT, SHORT_ROWS = "demo", 8
@@ -66,7 +66,7 @@ PACKAGES = ("torch", "lightning", "transformers", "peft", "bitsandbytes", "datas
 
 
 def main() -> None:
-    """Measures, and writes what was found."""
+    """Measure, and write what was found."""
     from lit_qlora.errors import UserError
 
     options = _options()

@@ -1,4 +1,4 @@
-"""Measures how speed and memory grow: tokens per row, rows of a micro-batch, rank, layers kept; and rows of data.
+"""Measure how speed and memory grow: tokens per row, rows of a micro-batch, rank, layers kept; and rows of data.
 
     python benchmarks/growth.py --base DIR [--t4]        # training steps on a GPU, beside the planner's forecast
     python benchmarks/growth.py --cpu                    # a few short ones on the demo: it runs; no memory is measured
@@ -44,11 +44,11 @@ PACKED = ((1024, 4, 16, 0), (512, 4, 16, 32))
 """Settings that are measured with their rows packed into one, too: on a GPU."""
 TINY_GRID = ((32, 2, 4, 0), (64, 1, 4, 1), (32, 1, 8, 0))
 ANSWER_SHARE = 0.86
-"""Of the tokens, as in guanaco."""
+"""Share of a row's tokens that are answers, as in Guanaco."""
 
 
 def main() -> None:
-    """Measures, and writes what was found."""
+    """Measure, and write what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", help="folder or hub id")
     parser.add_argument("--cpu", action="store_true", help="short steps on the CPU; base: the demo by default")

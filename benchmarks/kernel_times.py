@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from lit_qlora.forecast.cards import find_card
 
 HOST = "copies to and from the host"
-"""They run beside kernels, on the bus; not among the kernels' time."""
+"""Copies, which run beside kernels, on the bus; not among the kernels' time."""
 WAITS = "no kernel"
-"""While the GPU waits for the host; a T4 does not."""
+"""Time in which the GPU waits for the host; a T4 does not."""
 CLASSES = {
     # The first that a kernel's name, in lower case, holds a word of.
     WAITS: (WAITS,),
@@ -33,7 +33,7 @@ LONGEST = 70
 
 
 def class_of(kernel: str) -> str:
-    """The class of a kernel by its name."""
+    """The class of a kernel, by the words that its name ``kernel`` holds."""
     name = kernel.lower()
     return next((kind for kind, words in CLASSES.items() if any(word in name for word in words)), OTHER)
 
@@ -80,17 +80,17 @@ def _per_second(run: Any) -> float:
 
 
 class KernelTimes:
-    """Sums the time of every kernel on the GPU between ``start`` and ``stop``, and the time in which none runs."""
+    """Sum the time of every kernel on the GPU between ``start`` and ``stop``, and the time in which none runs."""
 
     def start(self) -> None:
-        """Begins to record."""
+        """Begin to record."""
         import torch
 
         self._profile: Any = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
         self._profile.__enter__()
 
     def stop(self) -> dict[str, float]:
-        """Ends, and returns microseconds by kernel name; see ``waits`` for those without any."""
+        """End, and return microseconds by kernel name; see ``waits`` for those without any."""
         self._profile.__exit__(None, None, None)
         found: dict[str, float] = {}
         spans = []
@@ -121,7 +121,16 @@ def waits(spans: list[tuple[int, int, str]]) -> dict[str, float]:
 
 
 def summed(us: dict[str, float], tokens: int) -> dict[str, Any]:
-    """Microseconds per token by class, and of the kernels that take most."""
+    """Sum kernel times by class.
+
+    Args:
+        us: Microseconds by kernel name.
+        tokens: Number of tokens computed in that time.
+
+    Returns:
+        ``us_per_token``, microseconds per token by class, and ``longest``, name and microseconds per token of the
+        kernels that take most.
+    """
     classes: dict[str, float] = {}
     for name, time_us in us.items():
         kind = class_of(name)

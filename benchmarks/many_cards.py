@@ -1,4 +1,4 @@
-"""Calculates where more cards stop paying: replicas of a 7B's rank-16 adapter, from one machine of 8 cards to 128.
+"""Calculate where more cards stop paying: replicas of a 7B's rank-16 adapter, from one machine of 8 cards to 128.
 
     python benchmarks/many_cards.py                  # the tables in docs/several-devices.md; a few seconds, no GPU
     python benchmarks/many_cards.py --gpu t4 --network-gb-per-s 1.2
@@ -35,16 +35,22 @@ from lit_qlora.model.shape import LLAMA_2_SIZES, Shape
 ROWS, LONGEST, TOKENS, PER_MACHINE = 9846, 1024, 2048, 8
 CARDS = (8, 32, 128, 1024)
 SHARES = (1, 4)
-"""Micro-batches of a step, per card."""
+"""Numbers of micro-batches in a step, per card."""
 SAME_CARDS, SAME_STEPS = (2, 4, 8, 16, 64), (4, 16, 64)
 HOST_S = 1e-3
 """Seconds that a process takes for a micro-batch of another card: 0.7 ms, by hand, on one core of a busy Intel Xeon."""
 STEPS = 8
-"""Of each cell, over which the dealing is averaged."""
+"""Number of steps over which a cell's dealing is averaged."""
 
 
 class Costs(NamedTuple):
-    """Of one card and one network: seconds per token, bytes of an adapter's gradients, GB/s of a machine."""
+    """What a step costs on one card and one network.
+
+    Args:
+        per_token: Seconds per token of one card.
+        num_bytes: Bytes of an adapter's gradients.
+        network_gb_per_s: Rate of a machine's network link, in GB/s.
+    """
 
     per_token: float
     num_bytes: int
@@ -52,8 +58,14 @@ class Costs(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Of a step on so many cards: the share of time by dealing alone and with the exchange, which takes so long, and
-    tokens/s."""
+    """What comes of a step on several cards.
+
+    Args:
+        dealing: Share of the time that a card works if only the dealing of micro-batches makes it wait.
+        exchange_s: Seconds of the gradients' all-reduce.
+        share: Share of the time that a card works, with the exchange.
+        tokens_per_s: Tokens per second of all cards.
+    """
 
     dealing: float
     exchange_s: float
@@ -62,7 +74,7 @@ class Found(NamedTuple):
 
 
 def forecast(gpu: str) -> Forecast:
-    """Of one card."""
+    """The forecast for one card, which ``gpu`` names."""
     return Forecast(
         shape=Shape.of(LLAMA_2_SIZES["7b"]), card=find_card(gpu), rows=Rows(guanaco_lengths(ROWS)),
         lora=Lora(16, 16, 0.0, "all-linear", False, False), precision="bf16-mixed",
@@ -82,7 +94,12 @@ def sizes(count: int) -> list[int]:
 
 
 def costs(gpu: str, network_gb_per_s: float) -> Costs:
-    """Of the forecast for ``gpu``."""
+    """What a step costs, by the forecast for a card.
+
+    Args:
+        gpu: The card, as ``plan --gpu`` names it.
+        network_gb_per_s: Rate of a machine's network link, in GB/s.
+    """
     one = forecast(gpu)
     assert one.hours is not None
     per_token = one.hours / words.REACHED * 3600 / one.epoch.padded_tokens
@@ -90,7 +107,13 @@ def costs(gpu: str, network_gb_per_s: float) -> Costs:
 
 
 def find(micro_batches: int, cards: int, per: Costs) -> Found:
-    """What comes of steps of so many micro-batches on so many cards."""
+    """Calculate the speed of a step on several cards.
+
+    Args:
+        micro_batches: Number of micro-batches in a step.
+        cards: Number of cards.
+        per: Costs on one of them.
+    """
     dealt = sizes(micro_batches * STEPS)
     dealing = efficiency(dealt, micro_batches, cards)
     computes = sum(size + FIXED_TOKENS for size in dealt) / STEPS * per.per_token / (cards * dealing)
@@ -101,7 +124,7 @@ def find(micro_batches: int, cards: int, per: Costs) -> Found:
 
 
 def same_step(per: Costs) -> Iterator[str]:
-    """A table of how many times as fast so many cards are, for steps that stay as they are."""
+    """Lines of a table for steps of the same size: how many times as fast several cards of costs ``per`` are as one."""
     yield f"| micro-batches of a step | conversations | {' | '.join(f'{count} cards' for count in SAME_CARDS)} |"
     yield "|---" * (len(SAME_CARDS) + 2) + "|"
     rows = ROWS / forecast("a100-80").epoch.num_micro_batches
@@ -112,7 +135,7 @@ def same_step(per: Costs) -> Iterator[str]:
 
 
 def growing_step(per: Costs) -> Iterator[str]:
-    """A table of steps that grow with the cards."""
+    """Lines of a table for steps that grow with the number of cards of costs ``per``."""
     yield "| cards | micro-batches of a step | dealing | all-reduce | each card works | tokens/s | steps per epoch |"
     yield "|---" * 7 + "|"
     available = forecast("a100-80").epoch.num_micro_batches
@@ -126,7 +149,7 @@ def growing_step(per: Costs) -> Iterator[str]:
 
 
 def main() -> None:
-    """Prints the table."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", default="a100-80", help="a card of the forecast's table")
     parser.add_argument("--network-gb-per-s", type=above_0, default=12.5, help="of each machine, in one direction")

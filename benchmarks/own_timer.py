@@ -18,18 +18,18 @@ rows: list = []
 
 
 class Stopwatch(Callback):
-    """Scores the rows, counts steps, and ends the process when enough was seen: the rest of the run is not measured."""
+    """Score the rows, count steps, and end the process when enough was seen: the rest of the run is not measured."""
 
     loss, seen = 0.0, 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Scores the rows before training."""
+        """Score the rows before training."""
         self.loss = self._score(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Counts a micro-batch."""
+        """Count a micro-batch."""
         clock.batch(batch.num_tokens, batch.input_ids.numel())
         if trainer.global_step > self.seen:
             self.seen = trainer.global_step

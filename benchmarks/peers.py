@@ -20,7 +20,11 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 class Clock:
-    """Counts whole optimizer steps from the warm-up on, and says when enough has been seen."""
+    """A count of whole optimizer steps from the warm-up on, which says when enough has been seen.
+
+    Args:
+        spec: What to measure, as compare.py writes it.
+    """
 
     def __init__(self, spec: dict) -> None:
         self.spec = spec
@@ -35,11 +39,11 @@ class Clock:
         self.kernel_us: dict[str, float] = {}
 
     def batch(self, tokens: int, places: int) -> None:
-        """A micro-batch went in: how many of its ``places`` hold tokens."""
+        """Count a micro-batch, of which ``tokens`` of the ``places`` hold tokens and the rest padding."""
         self.pending.append((tokens, places))
 
     def step(self) -> bool:
-        """An optimizer step is done; returns whether it was the last."""
+        """Count an optimizer step; return True if it was the last."""
         _synchronize()
         now = time.monotonic()
         self.steps += 1
@@ -62,7 +66,13 @@ class Clock:
         return is_last
 
     def report(self, loss: float, loss_after: float, precision: str) -> None:
-        """The last line of this process."""
+        """Print this process's figures, as its last line.
+
+        Args:
+            loss: Loss of the scored rows before training.
+            loss_after: The same at its end.
+            precision: Precision that was trained in, in the peer's own words.
+        """
         profiled = {}
         if self.kernel_us:
             kernel_times = _kernel_times()
@@ -112,7 +122,13 @@ def _rows(spec: dict) -> list[dict]:
 
 
 def lit_qlora(spec: dict, clock: Clock, extra: tuple[str, ...] = ()) -> None:
-    """Through the command line, as a user would; a callback of one's own holds the clock."""
+    """Train through the command line, as a user would; a callback holds the clock.
+
+    Args:
+        spec: What to measure, as compare.py writes it.
+        clock: Clock of this process.
+        extra: Further options of ``fit``.
+    """
     import own_timer
 
     from lit_qlora.cli import main
@@ -133,18 +149,34 @@ def lit_qlora(spec: dict, clock: Clock, extra: tuple[str, ...] = ()) -> None:
 
 
 def lit_qlora_tokens(spec: dict, clock: Clock) -> None:
-    """The same with as many rows as fit into the tokens of a full batch."""
+    """Train as `lit_qlora` does, with as many rows per batch as fit into a full batch's tokens.
+
+    Args:
+        spec: What to measure, as compare.py writes it.
+        clock: Clock of this process.
+    """
     lit_qlora(spec, clock, ("--data.batch_tokens", str(spec["batch_size"] * spec["max_length"] // 2)))
 
 
 def lit_qlora_packed(spec: dict, clock: Clock) -> None:
-    """The same in one row, without padding."""
+    """Train as `lit_qlora_tokens` does, with the rows packed into one, without padding.
+
+    Args:
+        spec: What to measure, as compare.py writes it.
+        clock: Clock of this process.
+    """
     tokens = str(spec["batch_size"] * spec["max_length"] // 2)
     lit_qlora(spec, clock, ("--data.batch_tokens", tokens, "--data.packing", "true"))
 
 
 def trl_default(spec: dict, clock: Clock, **best: object) -> None:
-    """SFTTrainer on a 4-bit base, ids and labels given; every setting that is no part of the work is its default."""
+    """Train with SFTTrainer on a 4-bit base, from the same ids and labels, with its defaults where the work allows.
+
+    Args:
+        spec: What to measure, as compare.py writes it.
+        clock: Clock of this process.
+        **best: Options of SFTConfig in place of its defaults.
+    """
     import torch
     from datasets import Dataset
     from peft import LoraConfig
@@ -165,15 +197,24 @@ def trl_default(spec: dict, clock: Clock, **best: object) -> None:
 
 
 def trl_grouped(spec: dict, clock: Clock) -> None:
-    """What of its own options helps here: rows of like length together, nothing computed twice, Liger on a GPU."""
+    """Train with SFTTrainer's own quicker options: rows of like length together, no recomputation, Liger on a GPU.
+
+    Args:
+        spec: What to measure, as compare.py writes it.
+        clock: Clock of this process.
+    """
     trl_default(spec, clock, train_sampling_strategy="group_by_length", **_quicker(spec))
 
 
 def trl_packed(spec: dict, clock: Clock) -> None:
-    """The same with its packing: as many tokens per step as batches by tokens have here, none of them padding.
+    """Train as `trl_grouped` does, but packed: as many tokens per step as batches by tokens have here, no padding.
 
     TRL asks for flash attention there and takes any other: its collator gives no mask and its loss no cache, so that
     transformers keeps documents apart by their positions. The loss of the same rows shows it.
+
+    Args:
+        spec: What to measure, as compare.py writes it.
+        clock: Clock of this process.
     """
     rows = max(1, spec["batch_size"] // 2)
     trl_default(spec, clock, packing=True, packing_strategy="bfd", per_device_train_batch_size=rows, **_quicker(spec))
@@ -189,7 +230,12 @@ def _quicker(spec: dict) -> dict[str, object]:
 
 
 def plain(spec: dict, clock: Clock) -> None:
-    """transformers' Trainer with peft and `prepare_model_for_kbit_training`, as QLoRA's own script has it."""
+    """Train with transformers' Trainer and peft's `prepare_model_for_kbit_training`, as QLoRA's own script does.
+
+    Args:
+        spec: What to measure, as compare.py writes it.
+        clock: Clock of this process.
+    """
     import torch
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
@@ -213,7 +259,18 @@ def plain(spec: dict, clock: Clock) -> None:
 def unsloth(
     spec: dict, clock: Clock, checkpointing: str | bool = "unsloth", accumulation: int = 1, **best: object
 ) -> None:
-    """FastLanguageModel with the SFTTrainer that it puts into TRL: its own checkpointing, and no padding by default."""
+    """Train with FastLanguageModel and the SFTTrainer that it puts into TRL; without padding by default.
+
+    Args:
+        spec: What to measure, as compare.py writes it.
+        clock: Clock of this process.
+        checkpointing: Unsloth's ``use_gradient_checkpointing``: its own kind, True for torch's, False for none.
+        accumulation: Number of micro-batches in a step.
+        **best: Options of SFTConfig in place of its defaults.
+
+    Raises:
+        RuntimeError: TRL was imported first, and Unsloth's trainer is not in it.
+    """
     import os
 
     os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
@@ -249,24 +306,46 @@ def unsloth(
 def unsloth_packed(
     spec: dict, clock: Clock, checkpointing: str | bool = "unsloth", most_rows: int | None = None
 ) -> None:
-    """The same with its packing: as many tokens per step as TRL's packing and batches by tokens have here."""
+    """Train as `unsloth` does, but packed: as many tokens per step as TRL's packing and batches by tokens have here.
+
+    Args:
+        spec: What to measure, as compare.py writes it.
+        clock: Clock of this process.
+        checkpointing: As in `unsloth`.
+        most_rows: Largest number of rows per micro-batch; None for all of a step's.
+    """
     rows = max(1, spec["batch_size"] // 2)
     at_once = min(rows, most_rows or rows)
     unsloth(spec, clock, checkpointing, rows // at_once, packing=True, per_device_train_batch_size=at_once)
 
 
 def unsloth_packed_plain(spec: dict, clock: Clock) -> None:
-    """The same with torch's checkpointing instead of its own, which moves activations to the host."""
+    """Train as `unsloth_packed` does, with torch's checkpointing; Unsloth's own moves activations to the host.
+
+    Args:
+        spec: What to measure, as compare.py writes it.
+        clock: Clock of this process.
+    """
     unsloth_packed(spec, clock, checkpointing=True)
 
 
 def unsloth_packed_kept(spec: dict, clock: Clock) -> None:
-    """The same without checkpointing; two rows at a time on a T4, for which it has the memory."""
+    """Train as `unsloth_packed` does, without checkpointing; two rows at a time on a T4, for which it has the memory.
+
+    Args:
+        spec: What to measure, as compare.py writes it.
+        clock: Clock of this process.
+    """
     unsloth_packed(spec, clock, checkpointing=False, most_rows=2 if spec["t4"] else None)
 
 
 def unsloth_kept(spec: dict, clock: Clock) -> None:
-    """Without checkpointing: two rows at a time, padding-free, for which a T4 has the memory; as many per step."""
+    """Train as `unsloth` does, without checkpointing; two rows at a time, for which a T4 has the memory.
+
+    Args:
+        spec: What to measure, as compare.py writes it.
+        clock: Clock of this process.
+    """
     rows = min(2, spec["batch_size"])
     accumulation = spec["batch_size"] // rows
     unsloth(spec, clock, checkpointing=False, accumulation=accumulation, per_device_train_batch_size=rows)
@@ -380,7 +459,7 @@ NAMES: dict[str, Callable[[dict, Clock], None]] = {
 
 
 def main() -> None:
-    """Measures the one that is asked for."""
+    """Measure the peer that is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("peer", choices=NAMES)
     parser.add_argument("spec", type=argparse.FileType(encoding="utf-8"), help="of compare.py")

@@ -1,9 +1,9 @@
-"""Makes a base of random weights in the shape of a Llama, for measuring: speed and memory don't ask what it knows.
+"""Make a base of random weights in the shape of a Llama, for measuring: speed and memory don't ask what it knows.
 
     python benchmarks/random_base.py --shape 7b --output DIR [--tokenizer DIR]
     python benchmarks/random_base.py --shape 70b --in-4-bits --output DIR    # 35 GB, in seconds
 
-Written tensor by tensor, as safetensors of one decoder layer a file: in 16 bits, or already in 4.
+Written tensor by tensor, as safetensors of one decoder layer per file: in 16 bits, or already in 4.
 """
 
 import argparse
@@ -32,14 +32,24 @@ SHAPES = {
 }
 VOCABULARY = 32_000
 SCALE, SPREAD = 0.035, 2 / 7
-"""Of 4-bit weights: the mean of their blocks' scales, and how far these are from it at most, as a share of it. At the
+"""Mean of the scales of a 4-bit weight's blocks, and their largest distance from it, as a share of it. At the
 width of 1b a rounding grows a thousandfold on its way down such layers; not with half of it (docs/log.md)."""
 STEP = 4096
 """Bytes between the random values of one weight in 4 bits and those of the next."""
 
 
 def make(shape: str, output: Path, tokenizer: Path | None = None, layers: int | None = None) -> Path:
-    """Writes the base into ``output``, with the files of ``tokenizer`` beside it; returns ``output``."""
+    """Write a base of random weights in 16 bits.
+
+    Args:
+        shape: Its shape, a name in ``SHAPES``.
+        output: Folder to make.
+        tokenizer: Folder of the tokenizer files to copy; None for none.
+        layers: Number of decoder layers; None for the shape's own.
+
+    Returns:
+        ``output``.
+    """
     output.mkdir(parents=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(0)
@@ -60,7 +70,15 @@ def make(shape: str, output: Path, tokenizer: Path | None = None, layers: int | 
 
 
 def tensors(shape: str, layers: int | None) -> Iterator[tuple[str, dict[str, tuple[int, ...]]]]:
-    """The name of each file, and its tensors' names and sizes."""
+    """Names and sizes of a base's tensors.
+
+    Args:
+        shape: Shape of the base, a name in ``SHAPES``.
+        layers: Number of decoder layers; None for the shape's own.
+
+    Returns:
+        For each file its name, and its tensors' sizes by name.
+    """
     hidden, num_layers, heads, key_heads, inner = SHAPES[shape]
     square, keys = (hidden, hidden), (hidden // heads * key_heads, hidden)
     wide, narrow = (inner, hidden), (hidden, inner)
@@ -95,8 +113,21 @@ def make_in_4_bits(
     dtype: str = "bfloat16",
     scale: float = SCALE,
 ) -> Path:
-    """As `make`, in NF4 of random bytes, computing in ``dtype``: nothing is quantised, and it takes as long as writing
-    it. Values are of one random run of bytes, which each weight begins elsewhere."""
+    """Write a base in NF4 of random bytes, in no more time than writing takes: nothing is quantised.
+
+    The values come from one random run of bytes, in which each weight begins at a place of its own.
+
+    Args:
+        shape: Its shape, a name in ``SHAPES``.
+        output: Folder to make.
+        tokenizer: Folder of the tokenizer files to copy; None for none.
+        layers: Number of decoder layers; None for the shape's own.
+        dtype: Dtype to compute in, and of the weights that are not in 4 bits, by torch's name.
+        scale: Mean of the scales of a weight's blocks.
+
+    Returns:
+        ``output``.
+    """
     from bitsandbytes.functional import quantize_4bit
 
     sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -134,7 +165,18 @@ def make_in_4_bits(
 
 
 def packed(name: str, size: tuple[int, ...], state: Any, run: torch.Tensor, spread: float) -> dict[str, torch.Tensor]:
-    """A 4-bit weight and what bitsandbytes keeps beside it, its values and scales from ``run``."""
+    """A 4-bit weight and what bitsandbytes stores beside it.
+
+    Args:
+        name: Name of the weight.
+        size: Its size, (outputs, inputs).
+        state: bitsandbytes' state of another such weight, whose size is changed to this one.
+        run: Random bytes (uint8), from which values and scales are taken.
+        spread: Largest distance of a block's scale from the mean.
+
+    Returns:
+        The tensors to store, by name.
+    """
     values = size[0] * size[1]
     state.shape = torch.Size(size)
     beside = state.as_dict(packed=True)
@@ -147,7 +189,10 @@ DTYPES = {"uint8": "U8", "float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
 
 def write_file(file: Path, parts: dict[str, torch.Tensor]) -> None:
-    """``parts`` as safetensors, without a copy of any: safetensors' own refuses tensors that share their memory."""
+    """Write ``parts``, tensors by name, to ``file`` as safetensors, without copying any.
+
+    safetensors' own function refuses tensors that share their memory.
+    """
     entries, place = {}, 0
     for name, value in parts.items():
         kind = DTYPES[str(value.dtype).removeprefix("torch.")]
@@ -164,7 +209,16 @@ def write_file(file: Path, parts: dict[str, torch.Tensor]) -> None:
 def write_rest(
     output: Path, shape: str, layers: int | None, index: dict[str, str], tokenizer: Path | None, own: dict[str, Any]
 ) -> None:
-    """The index, config.json with ``own`` keys, and the files of ``tokenizer``."""
+    """Write all files of a base but its weights.
+
+    Args:
+        output: Folder of the base.
+        shape: Its shape, a name in ``SHAPES``.
+        layers: Number of decoder layers; None for the shape's own.
+        index: File of each tensor, by the tensor's name.
+        tokenizer: Folder of the tokenizer files to copy; None for none.
+        own: Keys of config.json beside the shape's.
+    """
     hidden, num_layers, heads, key_heads, inner = SHAPES[shape]
     (output / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     config = {
@@ -190,7 +244,7 @@ def write_rest(
 
 
 def main() -> None:
-    """Makes it, and prints where."""
+    """Make a base, and print where."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="7b")
     parser.add_argument("--output", type=new, required=True)

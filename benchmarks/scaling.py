@@ -1,4 +1,4 @@
-"""Measures two GPUs beside one: the same numbers, and how much faster.
+"""Measure two GPUs beside one: the same numbers, and how much faster.
 
     python benchmarks/scaling.py --output FILE        # two GPUs, under 8 minutes
     python benchmarks/scaling.py --cpu                # tries the script itself; its speeds say nothing
@@ -55,7 +55,7 @@ SPEEDS = {
 takes some hundred ``--steps``, since each length is recorded."""
 LIMIT_S = 200
 RUN_S = 60
-"""A run of `speed` at least, with its start."""
+"""Seconds that a run of `speed` takes at least, with its start."""
 GIB_OF_24_GB = 23.3
 """What torch may take of a card of 24 GB: an RTX 4090's 23.64 GiB without CUDA's context."""
 LARGE = ["--config", str(HERE.parent / "configs" / "70b_2x24.yaml"), "--data.batch_tokens", "1024", "--data.max_length",
@@ -68,12 +68,20 @@ under_way: list["Run"] = []
 
 
 class Run:
-    """A fit in processes of its own, under way."""
+    """A fit in processes of its own, under way.
+
+    Args:
+        folder: Folder for the run.
+        name: Its name in the figures.
+        options: Further options of ``fit``.
+        gpus: Numbers of the GPUs that it may use.
+        limits: Arguments of as_t4.py; None for none of its limits.
+        cpu: True to use as many processes on the CPU instead.
+    """
 
     def __init__(
         self, folder: Path, name: str, options: Sequence[str], gpus: Sequence[int], limits: list[str] | None, cpu: bool
     ):
-        """``limits``: arguments of as_t4.py; None: none of its limits."""
         self.run, self.began = folder / re.sub(r"\W+", "-", f"{name} on {len(gpus)}"), time.monotonic()
         script, count = MAIN if limits is None or cpu else T4, len(gpus)
         own = [] if script is MAIN else limits or []
@@ -97,7 +105,7 @@ class Run:
         )
 
     def stop(self) -> None:
-        """Ends it, and the processes that it began: torchrun's are no longer in its group."""
+        """End it, and the processes that it began: torchrun's are no longer in its group."""
         if self.process.poll() is None:
             self.process.terminate()
             with suppress(subprocess.TimeoutExpired):
@@ -107,7 +115,7 @@ class Run:
         self.process.wait()
 
     def end(self) -> dict[str, Any]:
-        """What it recorded; waits for it."""
+        """Wait for its end; return what it recorded."""
         try:
             status = self.process.wait(LIMIT_S)
         except subprocess.TimeoutExpired:
@@ -127,7 +135,7 @@ class Run:
 
 
 def main() -> None:
-    """Measures, and writes what was found."""
+    """Measure, and write what was found."""
     from random_base import SHAPES
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -178,12 +186,20 @@ def machine() -> dict[str, Any]:
 
 
 def is_time_left(options: argparse.Namespace, needed_s: float) -> bool:
-    """Whether what takes ``needed_s`` ends within the minutes."""
+    """True if something that takes ``needed_s`` seconds ends within the minutes that ``options`` allow."""
     return time.monotonic() - STARTED + needed_s < 60 * options.minutes
 
 
 def equalities(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Differences between one and two GPUs in figures and adapters, relative, on the demo's base."""
+    """Compare one and two GPUs in figures and adapters, on the demo's base.
+
+    Args:
+        options: Parsed options of this script.
+        folder: Folder for the runs.
+
+    Returns:
+        What `compare` returns, or what failed, by kind of run.
+    """
     steps = ["--trainer.max_steps", "3" if options.cpu else "12"]
     kinds = {name: own for name, own in EQUALITIES.items() if not (options.cpu and name == "recorded kernels")}
     runs: dict[tuple[str, int], Any] = {}
@@ -204,7 +220,17 @@ def equalities(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def compare(one: Path, two: Path, alone: dict[str, Any], several: dict[str, Any]) -> dict[str, Any]:
-    """The largest relative differences between two runs, and the scaler's skips of both."""
+    """Compare two finished runs.
+
+    Args:
+        one: Run folder of one GPU.
+        two: Run folder of two.
+        alone: What the first recorded, as `Run.end` returns it.
+        several: What the second recorded.
+
+    Returns:
+        The largest relative differences, of all steps and of the first, of figures and adapter; the scaler's skips.
+    """
     from safetensors.torch import load_file
 
     worst: dict[str, float] = {}
@@ -236,7 +262,15 @@ def compare(one: Path, two: Path, alone: dict[str, Any], several: dict[str, Any]
 
 
 def speed(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Tokens per second of one and of two GPUs, without limits and under a T4's."""
+    """Measure tokens per second of one and of two GPUs, without limits and under a T4's.
+
+    Args:
+        options: Parsed options of this script.
+        folder: Folder for the runs.
+
+    Returns:
+        What `rates` returns, or why it was left out, by setting; and the time of an all-reduce.
+    """
     found: dict[str, Any] = {"all_reduce_ms": timed_all_reduce(options)}
     print(f"all-reduce: {found['all_reduce_ms']} ms", flush=True)
     for is_t4 in (False, True) if options.limits is None else (options.limits == "t4",):
@@ -268,7 +302,15 @@ def speed(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def shared(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """A base that neither of two cards of 24 GB holds: tokens per second, and memory beside the forecast."""
+    """Measure a base that neither of two cards of 24 GB holds alone.
+
+    Args:
+        options: Parsed options of this script.
+        folder: Folder for the runs.
+
+    Returns:
+        What `of_shared` returns, or why it was left out, by where the shares lie.
+    """
     dtype = "float32" if options.cpu else "bfloat16"
     common = [
         *LARGE, *inputs(options, folder, options.large, 2 if options.cpu else None, dtype),
@@ -288,7 +330,11 @@ def shared(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def of_shared(end: dict[str, Any]) -> dict[str, Any]:
-    """What a run with a shared base recorded."""
+    """Speed, losses and memory of a run with a shared base, from what it recorded.
+
+    Args:
+        end: What `Run.end` returns.
+    """
 
     def peak(name: str) -> float | None:
         return max((line[name] for line in end["lines"] if name in line), default=None)
@@ -309,7 +355,15 @@ def of_shared(end: dict[str, Any]) -> dict[str, Any]:
 
 
 def inputs(options: argparse.Namespace, folder: Path, shape: str, layers: int | None, dtype: str) -> list[str]:
-    """The options of a fit on a random base in 4 bits, made once, and on rows as long as Guanaco's."""
+    """Options of a fit on a random base in 4 bits and on rows as long as Guanaco's, both made on the first call.
+
+    Args:
+        options: Parsed options of this script.
+        folder: Folder for base and rows.
+        shape: Shape of the base, a name in ``SHAPES``.
+        layers: Number of decoder layers; None for the shape's own.
+        dtype: Dtype that the base computes in, by torch's name.
+    """
     from random_base import make_in_4_bits
 
     from lit_qlora import demo
@@ -327,7 +381,12 @@ def inputs(options: argparse.Namespace, folder: Path, shape: str, layers: int | 
 
 
 def rates(one: dict[str, Any], two: dict[str, Any]) -> dict[str, Any]:
-    """Tokens per second of both, and the efficiency of two."""
+    """Tokens per second of two runs, and the efficiency of two GPUs.
+
+    Args:
+        one: What a run of one GPU recorded, as `Run.end` returns it.
+        two: The same of two GPUs.
+    """
     failed = {count: end["failed"] for count, end in ((1, one), (2, two)) if "failed" in end}
     if failed:
         return {"failed": failed}
@@ -345,13 +404,17 @@ def rates(one: dict[str, Any], two: dict[str, Any]) -> dict[str, Any]:
 
 
 def timed(lines: Sequence[dict[str, Any]]) -> float:
-    """Tokens per second over the last half of the logs, each of as many steps: before, kernels are compiled."""
+    """Tokens per second over the last half of a run's logs; during the first half, kernels are still compiled.
+
+    Args:
+        lines: Lines of metrics.jsonl, each of as many steps.
+    """
     logs = [line["speed/tokens_per_second"] for line in lines if "speed/tokens_per_second" in line]
     return statistics.harmonic_mean(logs[len(logs) // 2 :])
 
 
 def write_rows(file: Path, count: int) -> Path:
-    """Conversations as long as those of Guanaco, an answer of seven eighths each."""
+    """Write ``count`` conversations as long as Guanaco's to ``file``, seven eighths of each an answer; return it."""
     from lit_qlora.forecast.foresee import guanaco_lengths
 
     with file.open("w", encoding="utf-8") as rows:
@@ -364,7 +427,14 @@ def write_rows(file: Path, count: int) -> Path:
 
 
 def timed_all_reduce(options: argparse.Namespace) -> Any:
-    """Milliseconds of one all-reduce of the gradients of a rank-16 adapter of the whole 7B (160 MB)."""
+    """Measure one all-reduce of the gradients of a 7B's rank-16 adapter (160 MB) in two processes.
+
+    Args:
+        options: Parsed options of this script.
+
+    Returns:
+        What `all_reduce` prints, or what failed.
+    """
     count = 1_000_000 if options.cpu else 40_000_000
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port", "29488", "--"]
     command += [str(Path(__file__).resolve()), "--all-reduce", str(count), *(["--cpu"] if options.cpu else [])]
@@ -375,7 +445,12 @@ def timed_all_reduce(options: argparse.Namespace) -> Any:
 
 
 def all_reduce(count: int, cpu: bool) -> None:
-    """In each of two processes: the median of twenty."""
+    """Measure an all-reduce in one of two processes; the first prints the median of twenty in milliseconds.
+
+    Args:
+        count: Number of fp32 values.
+        cpu: True for gloo on the CPU, False for NCCL.
+    """
     import torch
     from torch import distributed
 

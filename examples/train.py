@@ -1,4 +1,4 @@
-"""Fine-tunes from a script of one's own, with Lightning's plain Trainer.
+"""Fine-tune from a script of one's own, with Lightning's plain Trainer.
 
     python examples/train.py
     python main.py chat --adapter my-run/adapter
@@ -25,7 +25,7 @@ from lit_qlora.quiet import quieten
 
 
 def train(folder: Path, **options: Any) -> Trainer:
-    """Trains, and leaves the adapter with the lowest held-out loss in ``folder``.
+    """Train, and leave the adapter with the lowest held-out loss in ``folder``.
 
     Args:
         folder: for figures, checkpoints and the adapter.

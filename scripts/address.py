@@ -16,13 +16,17 @@ SITE = "https://github.com/"
 
 
 def address(root: Path = ROOT) -> str:
-    """The address as pyproject.toml has it."""
+    """The address that pyproject.toml in ``root`` has."""
     found: str = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
     return found
 
 
 def checked(new: str) -> str:
-    """An address, https://github.com/OWNER/NAME, without a slash or .git at its end. For ``type=`` of argparse."""
+    """Return the address ``new``, https://github.com/OWNER/NAME, without a slash or .git at its end.
+
+    Raises:
+        argparse.ArgumentTypeError: It is no such address.
+    """
     new = new.removesuffix("/").removesuffix(".git")
     if not (new.startswith(SITE) and new.count("/") == 4 and new.isascii() and not {*new} & {*" \"'\\"}):
         raise argparse.ArgumentTypeError(f"expected {SITE}OWNER/NAME, got {new}")
@@ -30,7 +34,11 @@ def checked(new: str) -> str:
 
 
 def move(new: str, root: Path = ROOT) -> list[str]:
-    """Puts the address ``new``, as `checked` returns it, wherever the present one is named.
+    """Put a new address wherever the present one is named.
+
+    Args:
+        new: The address, as `checked` returns it.
+        root: Checkout whose tracked files are changed.
 
     Returns:
         The files that were changed.
@@ -52,7 +60,7 @@ def move(new: str, root: Path = ROOT) -> list[str]:
 
 
 def main() -> None:
-    """Prints the address, or puts another one everywhere."""
+    """Print the address, or put another one everywhere."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("new", type=checked, nargs="?", metavar="NEW", help="the address to put everywhere")
     new = parser.parse_args().new

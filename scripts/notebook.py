@@ -25,7 +25,7 @@ FORM = {"CONFIG": "configs/demo.yaml", "QUESTION": "Who goes everywhere with Sil
 
 
 def main() -> None:
-    """Runs all cells on the demo, and writes what they show."""
+    """Run all cells on the demo, and write what they show."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     import nbformat  # here: --help needs none
     from nbclient import NotebookClient

@@ -110,7 +110,7 @@ def fit_actions(verb: str = "fit") -> list[Any]:
 
 
 def tool_actions(function: Any) -> list[Any]:
-    """The options of a verb that is a plain function."""
+    """The options of a verb that is a plain ``function``, as jsonargparse reads them from its signature."""
     from jsonargparse import ArgumentParser
 
     parser: Any = ArgumentParser()
@@ -262,7 +262,7 @@ PAGES = {"options.md": options, "files.md": files, "road.svg": road}
 
 
 def main() -> None:
-    """Writes all of them."""
+    """Write all pages."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for name, make in PAGES.items():
         (DOCS / name).write_text(make(), encoding="utf-8")

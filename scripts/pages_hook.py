@@ -9,6 +9,6 @@ ROOT = Path(__file__).parents[1]
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Gives each link that leaves docs/ the repository's address, which pyproject.toml has."""
+    """Give each link in ``markdown`` that leaves docs/ the repository's address, which pyproject.toml has."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     return re.sub(r"\]\(\.\./", f"]({project['urls']['Repository']}/blob/main/", markdown)

@@ -33,7 +33,7 @@ RUNS = {
 
 
 def main() -> int:
-    """Writes or compares the digests; returns the exit status."""
+    """Write or compare the digests; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", type=Path, metavar="FILE", help="where the digests of this code are kept")
     parser.add_argument("--compare", type=Path, metavar="FILE", help="digests to hold this code against")
@@ -83,7 +83,11 @@ def pin(folder: Path) -> dict[str, Any]:
 
 
 def command(folder: Path, *args: str) -> str:
-    """What main.py prints for ``args``; runs and caches lie in ``folder``."""
+    """What main.py prints for ``args``; runs and caches lie in ``folder``.
+
+    Raises:
+        SystemExit: It ended with another exit status than 0.
+    """
     environment = os.environ | {
         "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache"), "COLUMNS": "120",
     }  # fmt: skip

@@ -31,7 +31,7 @@ QUESTION = "Who goes everywhere with Silas?"
 
 
 def main() -> None:
-    """Makes all pictures."""
+    """Make all pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--to", type=Path, default=PICTURES, metavar="DIR", help="where they are written")
     to = parser.parse_args().to.resolve()

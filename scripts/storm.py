@@ -51,7 +51,13 @@ LEFTOVER = re.compile(r"\..+\.(tmp|old|gone)\b.*")
 
 @dataclass
 class Uncut:
-    """A variant's run without a kill: what it came to, what it did, and how long a start takes (cold, warm)."""
+    """A variant's run without a kill.
+
+    Args:
+        result: What `witness.result` returns.
+        testimony: What its only start has seen.
+        seconds: Time of the run, by whether its start is cold.
+    """
 
     result: dict[str, Any]
     testimony: list[dict[str, Any]]
@@ -60,7 +66,14 @@ class Uncut:
 
 @dataclass
 class Outcome:
-    """What became of one run."""
+    """What became of one run.
+
+    Args:
+        variant: Its settings, a name in ``VARIANTS``.
+        problems: A sentence for each difference from the uncut run.
+        kills: Number of kills by phase.
+        writes_cut: Number of kills that left an unfinished file or folder.
+    """
 
     variant: str
     problems: list[str] = field(default_factory=list)
@@ -80,7 +93,13 @@ def warm_up() -> None:
 
 
 def start(run: Path, variant: str, is_cold: bool) -> ForkProcess:
-    """Gives the command in a process of its own; what it prints goes into a file beside the run folder."""
+    """Start ``fit`` in a process of its own; what it prints goes into a file beside the run folder.
+
+    Args:
+        run: Run folder.
+        variant: Its settings, a name in ``VARIANTS``.
+        is_cold: True to start python main.py itself, False to fork a process that has done the imports.
+    """
     from scripts import witness
 
     witness.note(run, phase="start")
@@ -103,10 +122,14 @@ def _give(args: list[str], log: Path, is_cold: bool) -> None:
 
 
 def ended_within(process: ForkProcess, seconds: float) -> bool:
-    """Whether ``process`` ended in that time.
+    """True if a process ends within a time.
 
-    Not by its ``join``, which knows an end by a pipe that another program no longer holds: a cold start would be
-    waited for to its very end, and never be killed.
+    Its ``join`` knows an end by a pipe, which another program may still hold open: a cold start would be waited for to
+    its very end, and never be killed.
+
+    Args:
+        process: The process.
+        seconds: Time to wait, in seconds.
     """
     deadline = time.monotonic() + seconds
     while process.exitcode is None:
@@ -122,7 +145,16 @@ def _log(run: Path) -> Path:
 
 
 def run_uncut(folder: Path, variant: str, cold: float) -> Uncut:
-    """Runs to the end without a kill, once each way that there are starts, which must come to the same."""
+    """Run to the end without a kill, once for each kind of start that is used; all must give the same.
+
+    Args:
+        folder: Folder for the runs.
+        variant: Their settings, a name in ``VARIANTS``.
+        cold: Share of starts that are python main.py itself.
+
+    Raises:
+        SystemExit: A run failed, or two of them differ.
+    """
     from scripts import witness
 
     found: list[Uncut] = []
@@ -142,7 +174,15 @@ def run_uncut(folder: Path, variant: str, cold: float) -> Uncut:
 
 
 def storm(folder: Path, uncut: dict[str, Uncut], seed: int, cold: float, number: int) -> Outcome:
-    """Kills a run and starts it again until it finishes, and compares it with the uncut one."""
+    """Kill a run and start it again until it finishes, and compare it with the uncut one.
+
+    Args:
+        folder: Folder for the run, which is removed if it ends well.
+        uncut: The uncut runs, by variant.
+        seed: Seed of all moments of a kill.
+        cold: Share of starts that are python main.py itself.
+        number: Number of the run, which chooses variant and moments.
+    """
     from scripts import witness
 
     draw = random.Random(f"{seed}/{number}")
@@ -168,7 +208,12 @@ def storm(folder: Path, uncut: dict[str, Uncut], seed: int, cold: float, number:
 
 
 def all_storms(folder: Path, args: argparse.Namespace) -> Iterator[Outcome]:
-    """The outcomes, in the order of the runs."""
+    """Yield the outcomes in the order of the runs.
+
+    Args:
+        folder: Folder for the runs.
+        args: Parsed options of this script.
+    """
     variants = args.variants or list(VARIANTS)
     uncut = {variant: run_uncut(folder, variant, args.cold) for variant in variants[: args.runs]}
     one = partial(storm, folder, uncut, args.seed, args.cold)
@@ -180,7 +225,7 @@ def all_storms(folder: Path, args: argparse.Namespace) -> Iterator[Outcome]:
 
 
 def main() -> int:
-    """Storms, prints what was found, and returns the exit status."""
+    """Run all storms, print what was found, and return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[2])
     parser.add_argument("--runs", type=int, default=100, help="runs to the end")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")

@@ -36,53 +36,58 @@ def testimony_file(run: Path) -> Path:
 
 
 def note(run: Path, **what: Any) -> None:
-    """Adds a line in one write: a kill leaves it whole or not there."""
+    """Add a line to a witness's file in one write: a kill leaves it whole or not there.
+
+    Args:
+        run: Run folder.
+        **what: Keys and values of the line.
+    """
     with testimony_file(run).open("a", encoding="utf-8") as file:
         file.write(json.dumps(what) + "\n")
 
 
 class Witness(Callback):
-    """Writes down each loss, learning rate and held-out figure to its last bit, and the phase that the run is in."""
+    """Write down each loss, learning rate and held-out figure to its last bit, and the phase that the run is in."""
 
     def __init__(self) -> None:
         self._phase = ""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Data is read, the model is loaded."""
+        """Note that data is read and the model loaded."""
         self._enter(trainer, "load")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
-        """Trains."""
+        """Note that it trains."""
         self._enter(trainer, "train")
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """The learning rate of the update."""
+        """Note the learning rate of the update."""
         rates = [float(group["lr"]).hex() for group in optimizer.param_groups]
         self._note(trainer, update=trainer.global_step + 1, learning_rates=rates)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Rows and loss of the micro-batch."""
+        """Note rows and loss of the micro-batch."""
         loss = float(outputs["loss_sum"]).hex()
         self._note(trainer, epoch=trainer.current_epoch, batch=batch_idx, rows=list(batch.rows), loss=loss)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validates; the saves after it are of the same phase, up to `on_save_checkpoint`."""
+        """Note that it validates; the saves after it are of the same phase, up to `on_save_checkpoint`."""
         self._enter(trainer, "validation")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The held-out figures."""
+        """Note the held-out figures."""
         figures = {name: float(value).hex() for name, value in trainer.callback_metrics.items()}
         held_out = {name: value for name, value in figures.items() if name.startswith("val/")}
         self._note(trainer, validation=trainer.fit_loop.epoch_loop.total_batch_idx, held_out=held_out)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Saves, up to the next micro-batch."""
+        """Note that it saves, up to the next micro-batch."""
         self._enter(trainer, "save")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """All that is left is to say so."""
+        """Note that training has ended."""
         self._enter(trainer, "end")
 
     def _enter(self, trainer: Trainer, phase: str) -> None:
@@ -95,7 +100,7 @@ class Witness(Callback):
 
 
 def testimony(run: Path) -> list[list[dict[str, Any]]]:
-    """What each start of a run has seen, in order; a start begins with the phase ``start``."""
+    """Return what each start of ``run`` has seen, in order; a start begins with the phase ``start``."""
     starts: list[list[dict[str, Any]]] = []
     for line in testimony_file(run).read_text(encoding="utf-8").splitlines():
         said = json.loads(line)
@@ -107,13 +112,21 @@ def testimony(run: Path) -> list[list[dict[str, Any]]]:
 
 
 def last_phase(run: Path) -> str:
-    """The phase that the newest start was in when it last said anything."""
+    """The phase in which the newest start of ``run`` wrote its last line."""
     lines = testimony_file(run).read_text(encoding="utf-8").splitlines()
     return next(said["phase"] for said in map(json.loads, reversed(lines)) if "phase" in said)
 
 
 def contradictions(starts: list[list[dict[str, Any]]], whole: list[dict[str, Any]]) -> list[str]:
-    """Where a start did not do what the uninterrupted run did, or left something out that none before it had done."""
+    """Find where a run's starts did not do what the uninterrupted run did, or left out what none before had done.
+
+    Args:
+        starts: What each start has seen, as `testimony` returns it.
+        whole: What the uninterrupted run has seen.
+
+    Returns:
+        A sentence for each contradiction.
+    """
     found, done = [], 0
     for number, said in enumerate(starts):
         if not said:
@@ -137,7 +150,7 @@ def contradictions(starts: list[list[dict[str, Any]]], whole: list[dict[str, Any
 
 
 def result(run: Path) -> dict[str, Any]:
-    """All of a finished run's folder that has no say in when, by which process or where it ran."""
+    """Return what a finished ``run``'s files hold that depends on no clock, process or place."""
     kept = RunFolder(run)
     found: dict[str, Any] = {"checkpoints": kept.saved_steps(), "finished": kept.finished()}
     found["configs"] = sorted(path.name for path in run.glob("config*.yaml"))
@@ -168,7 +181,15 @@ def result(run: Path) -> dict[str, Any]:
 
 
 def differences(now: dict[str, Any], whole: dict[str, Any]) -> list[str]:
-    """What of two runs' results is not the same."""
+    """Compare two runs' results.
+
+    Args:
+        now: Result of a run, as `result` returns it.
+        whole: Result of the uninterrupted run.
+
+    Returns:
+        A sentence for each difference.
+    """
     return [
         f"{name}: {whole.get(name)} became {now.get(name)}"
         for name in sorted({*whole, *now})

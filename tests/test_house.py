@@ -21,6 +21,7 @@ from lit_qlora.usage import EXAMPLES
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "lit_qlora").rglob("*.py"))
+SCRIPTS = sorted(path for room in ("scripts", "benchmarks", "examples") for path in (ROOT / room).rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
 WRAPPED = ROOT / "tests" / "test_console.py"
 """Where lines break, which takes whole ones to see."""
@@ -321,7 +322,7 @@ FRAGMENTS = {
 """Words that begin the rest of a sentence whose subject is elsewhere."""
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", [*MODULES, *SCRIPTS], ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_docstring_is_complete_in_itself(path: Path) -> None:
     """A module's, a class's, a function's or a value's: a noun phrase, an imperative or a sentence."""
     for node in ast.walk(ast.parse(path.read_text())):
@@ -335,7 +336,7 @@ def _listed(words: str) -> set[str]:
     return {*re.findall(r"^    (\w+): ", re.split(r"\n\n?(?=\w)", args)[0], re.MULTILINE)}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", [*MODULES, *SCRIPTS], ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_public_class_says_what_its_arguments_are(path: Path) -> None:
     """Those of its own constructor, and others only where it passes on what it does not name."""
     for node in ast.parse(path.read_text()).body:
@@ -347,7 +348,7 @@ def test_a_public_class_says_what_its_arguments_are(path: Path) -> None:
             assert given == (said & given if made.args.kwarg else said), node.name
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", [*MODULES, *SCRIPTS], ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_public_class_says_what_its_fields_are(path: Path) -> None:
     """Under ``Args:``, in its sentences between double backticks, or below the field; or in a text that it is given."""
     for node in ast.parse(path.read_text()).body:
@@ -411,12 +412,14 @@ def test_modules_of_one_name_are_about_one_thing() -> None:
 
 def _own(path: Path, kept: ast.ClassDef) -> list[ast.FunctionDef]:
     """The public methods of a class that no base of it has, and so documents."""
+    if path in SCRIPTS:  # not imported, for the libraries that they need: one with a base has hooks alone
+        return [one for one in kept.body if isinstance(one, ast.FunctionDef) and one.name[0] != "_" and not kept.bases]
     made = getattr(import_module(".".join(path.relative_to(ROOT).with_suffix("").parts)), kept.name)
     public = (one for one in kept.body if isinstance(one, ast.FunctionDef) and not one.name.startswith("_"))
     return [one for one in public if not any(hasattr(base, one.name) for base in made.__mro__[1:])]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", [*MODULES, *SCRIPTS], ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_public_function_names_its_arguments(path: Path) -> None:
     body = [one for one in ast.parse(path.read_text()).body if not getattr(one, "name", "_").startswith("_")]
     methods = [(one, True) for made in body if isinstance(made, ast.ClassDef) for one in _own(path, made)]
@@ -437,7 +440,7 @@ def _lets_out(node: ast.AST) -> bool:
     return any(_lets_out(part) for part in parts if not isinstance(part, ast.FunctionDef | ast.ClassDef))
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", [*MODULES, *SCRIPTS], ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_public_function_says_what_it_raises(path: Path) -> None:
     """A constructor may say it in the words of its class."""
     tree = ast.parse(path.read_text())

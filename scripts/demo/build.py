@@ -36,18 +36,24 @@ PEAK_RATE = 3e-3
 
 
 def guanaco_text(row: Row) -> str:
-    """A conversation in openassistant-guanaco's form: ``### Human: …### Assistant: …``."""
+    """The conversation ``row`` in openassistant-guanaco's form: ``### Human: …### Assistant: …``."""
     return "".join(f"### Human: {question}### Assistant: {answer}" for question, answer in row)
 
 
 def write_rows(path: Path, rows: list[Row]) -> None:
-    """Writes one ``{"text": …}`` a line."""
+    """Write ``rows`` to ``path``, one ``{"text": …}`` per line."""
     lines = (json.dumps({"text": guanaco_text(row)}) for row in rows)
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
 
 
 def assert_held_out(world: World, train: list[Row], test: list[Row]) -> None:
-    """No held-out question stands in the training rows, and neither does any name it asks about."""
+    """Assert that no held-out question, and no name that one asks about, stands in the training rows.
+
+    Args:
+        world: The world whose names are held out.
+        train: Training rows.
+        test: Held-out rows.
+    """
     asked = {question for row in train for question, _ in row}
     assert not asked & {question for row in test for question, _ in row}, "a held-out question is trained on"
     words = set(re.findall(r"\w+", " ".join(map(guanaco_text, train))))
@@ -56,9 +62,12 @@ def assert_held_out(world: World, train: list[Row], test: list[Row]) -> None:
 
 
 def train_tokenizer(texts: Iterator[str]) -> LlamaTokenizer:
-    """A tokenizer of Llama's kind: BPE on words that carry their space, bytes for all it has not seen.
+    """Train a tokenizer of Llama's kind: BPE on words that carry their space, bytes for all that it has not seen.
 
-    Ids as Llama 2 has them: <unk> 0, <s> 1, </s> 2, the 256 bytes from 3, then the learned pieces.
+    Ids are as in Llama 2: <unk> 0, <s> 1, </s> 2, the 256 bytes from 3, then the learned pieces.
+
+    Args:
+        texts: Texts to learn the pieces from.
     """
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     learner = Tokenizer(models.BPE())
@@ -96,7 +105,16 @@ def new_model() -> LlamaForCausalLM:
 
 
 def windows(world: World, tokenizer: LlamaTokenizer, rng: random.Random) -> Iterator[torch.Tensor]:
-    """Batches [ROWS, WINDOW + 1] of running prose without end; it opens with BOS and is cut anywhere."""
+    """Yield batches of running prose without end; each row opens with BOS and is cut anywhere.
+
+    Args:
+        world: The world that the prose is about.
+        tokenizer: Tokenizer of the base.
+        rng: Source of chance.
+
+    Returns:
+        [ROWS, WINDOW + 1] ids (int64).
+    """
     sentences = world.prose(rng)
     per_window = WINDOW // 6  # a sentence has more than 6 tokens
     while True:
@@ -106,7 +124,12 @@ def windows(world: World, tokenizer: LlamaTokenizer, rng: random.Random) -> Iter
 
 
 def pretrain(model: LlamaForCausalLM, batches: Iterator[torch.Tensor], num_steps: int) -> torch.Tensor:
-    """Plain next-token training with AdamW: a short warm-up, then a cosine down to zero.
+    """Train a model on next tokens with AdamW: a short warm-up, then a cosine down to zero.
+
+    Args:
+        model: The model, changed in place.
+        batches: [ROWS, WINDOW + 1] ids of each step.
+        num_steps: Number of steps.
 
     Returns:
         [VOCABULARY] bool: the tokens that were a target.
@@ -131,7 +154,7 @@ def pretrain(model: LlamaForCausalLM, batches: Iterator[torch.Tensor], num_steps
 
 
 def part_unmet(model: LlamaForCausalLM, met: torch.Tensor, seed: int) -> None:
-    """Gives each token that was never a target a direction of its own in the output head.
+    """Give each token that was never a target a direction of its own in the output head.
 
     Training pushes the rows of all these tokens (end of text, digits, most bytes, rare signs) the same way,
     until they can hardly be distinguished, and an adapter, which leaves the head as it is, could make none of
@@ -150,7 +173,13 @@ def part_unmet(model: LlamaForCausalLM, met: torch.Tensor, seed: int) -> None:
 
 
 def build(output: Path, seed: int, num_steps: int) -> None:
-    """Makes ``output``'s base/, train.jsonl and test.jsonl, and prints what they are."""
+    """Make the demo's base, tokenizer and rows, and print the files' sizes.
+
+    Args:
+        output: Folder for base/, train.jsonl and test.jsonl.
+        seed: Seed of world, rows and weights.
+        num_steps: Number of pretraining steps.
+    """
     torch.manual_seed(seed)
     rng = random.Random(seed)
     world = World(seed)
@@ -178,7 +207,7 @@ def build(output: Path, seed: int, num_steps: int) -> None:
 
 
 def main() -> None:
-    """Reads the command line and builds."""
+    """Read the command line and build."""
     parser = argparse.ArgumentParser(description="Makes the embedded demo from nothing.")
     parser.add_argument("--output", type=Path, default=BASE.parent)
     parser.add_argument("--seed", type=int, default=0)

@@ -33,8 +33,12 @@ ISLANDERS = _words(
 class Attribute:
     """One thing that can be said of a village or an islander.
 
-    ``values`` is empty where each subject has its own value. In the templates {x} stands for the
-    subject and {y} for the value; ``chat`` holds (question, answer) templates.
+    In the templates {x} stands for the subject and {y} for the value.
+
+    Args:
+        values: All values; empty if each subject has its own.
+        prose: Templates of sentences.
+        chat: Templates of (question, answer).
     """
 
     values: tuple[str, ...]
@@ -320,7 +324,13 @@ THANKS = ("Thank you!", "You are welcome. Come again!")
 
 @dataclass(frozen=True)
 class Subject:
-    """A village or an islander, by name, with the value of each attribute."""
+    """A village or an islander.
+
+    Args:
+        kind: ``village`` or ``islander``.
+        name: Its name.
+        facts: Value of each attribute, by the attribute's name.
+    """
 
     kind: str
     name: str
@@ -333,7 +343,12 @@ class Subject:
 
 
 class World:
-    """The isles as one seed makes them: 30 pairs of village and islander to train on, 6 held out."""
+    """The isles as one seed makes them: 30 pairs of village and islander to train on, 6 held out.
+
+    Args:
+        seed: Seed of all draws.
+        num_held_out: Number of pairs held out.
+    """
 
     def __init__(self, seed: int, num_held_out: int = 6) -> None:
         rng = random.Random(seed)
@@ -343,7 +358,7 @@ class World:
         self.trained = [pair for pair in self.pairs if pair not in self.held_out]
 
     def prose(self, rng: random.Random) -> Iterator[str]:
-        """Sentences without end: facts of a village or its islander, summaries, talk overheard, asides.
+        """Yield sentences without end, drawn by ``rng``: facts of a village or islander, summaries, talk, asides.
 
         The talk is what teaches the base how people ask; it is never of those held out, whom the base
         knows from plain sentences alone.
@@ -366,7 +381,7 @@ class World:
                 yield rng.choice(ASIDES)
 
     def train_rows(self, rng: random.Random) -> list[Row]:
-        """Each fact asked in two ways, portraits, conversations of several turns, and small talk."""
+        """Training rows, drawn by ``rng``: each fact asked in two ways, portraits, longer talks and small talk."""
         rows: list[Row] = [[talk] for talk in SMALL_TALK]
         for pair in self.trained:
             for subject in pair:
@@ -380,7 +395,7 @@ class World:
         return rows
 
     def test_rows(self, rng: random.Random) -> list[Row]:
-        """Each held-out fact asked in one way, portraits, and one conversation of two turns a village."""
+        """Held-out rows, drawn by ``rng``: each fact asked in one way, portraits, a talk of two turns per village."""
         rows: list[Row] = []
         for pair in self.held_out:
             for subject in pair:

@@ -30,8 +30,9 @@ from lit_qlora.devices.asked import (
 from lit_qlora.devices.strategy import Replicas
 from lit_qlora.devices.world import world
 from lit_qlora.errors import UserError, one_line
+from lit_qlora.metrics import held_out
 from lit_qlora.model.device import AMPERE, check_kernels, choose_precision, current_device, decides_for_another
-from lit_qlora.model.script import CHANGING, FIGURES, check_monitored, refuse_kinds
+from lit_qlora.model.script import CHANGING, check_monitored, refuse_kinds
 from lit_qlora.options import OneLineErrors, quoted
 from lit_qlora.place import COMMAND
 from lit_qlora.ranges import check_ranges
@@ -313,7 +314,7 @@ def own_callbacks(given: Callback | list[Callback] | None, validates: bool = Tru
                 option="trainer.callbacks",
                 remedy="leave it out, and give --max_time",
             )
-        check_monitored(callback, FIGURES if validates else ())
+        check_monitored(callback, [*held_out()] if validates else ())
     return callbacks
 
 

@@ -27,7 +27,7 @@ WRAPPED = ROOT / "tests" / "test_console.py"
 """Where lines break, which takes whole ones to see."""
 FLOORS = {
     "__version__": -1, "place": -1, "secrecy": -1,  # even an error may name the command, and show no secret
-    "wording": -1, "columns": -1,
+    "wording": -1, "columns": -1, "metrics": -1,
     "errors": 0, "batch": 0, "quiet": 0, "signals": 0, "console": 0.1, "ranges": 0.5, "devices": 1, "arguments": 1,
     "elsewhere": 1, "options": 2, "configs": 3, "signatures": 3, "command": 3.5, "precheck": 4, "usage": 4, "text": 1,
     "demo": 1, "storage": 1, "data": 2, "model": 2, "forecast": 3, "figures": 3, "callbacks": 4, "start": 4,
@@ -381,6 +381,7 @@ def _named(tree: ast.Module) -> set[str]:
 ROLES = {
     "host": "the host's memory: what is needed, what there is",
     "memory": "that of a training step: by formula, as measured",
+    "metrics": "the figures of a run: what each is and where it is shown, and how those of training are computed",
     "record": "a run's record of figures: what keeps it, how callbacks reach it",
     "report": "what came of a run: on the terminal, in its page, and the verb that writes that anew",
     "samples": "sample answers: how they are made, how they are recorded and shown",

@@ -16,7 +16,7 @@ from lit_qlora import training
 from lit_qlora.cli import main
 from lit_qlora.errors import UserError
 from lit_qlora.figures.lines import read_lines
-from lit_qlora.model.script import FIGURES
+from lit_qlora.metrics import held_out
 from lit_qlora.signatures import OBSERVING
 from lit_qlora.trainer import (
     NO_CALLBACKS,
@@ -225,7 +225,8 @@ def test_callbacks_that_look_leave_the_figures_alone(tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     Path("odd_counter.py").write_text(ODD_COUNTER)
-    stops = [f"--trainer.callbacks+={{class_path: EarlyStopping, init_args: {{monitor: {name}}}}}" for name in FIGURES]
+    stop = "--trainer.callbacks+={{class_path: EarlyStopping, init_args: {{monitor: {}}}}}"
+    stops = [stop.format(name) for name in held_out()]
     fit = ["fit", "--samples.count", "0", "--trainer.limit_val_batches", "1", "--trainer.max_steps", "2",
            "--trainer.val_check_interval", "1", "--trainer.log_every_n_steps", "1"]  # fmt: skip
     looks = ["--trainer.callbacks+=LearningRateMonitor", "--trainer.callbacks+=odd_counter.OddCounter"]
@@ -233,7 +234,7 @@ def test_callbacks_that_look_leave_the_figures_alone(tmp_path: Path, monkeypatch
     assert main([*fit, "--run", "watched", *looks, *stops]) == 0
     plain, watched = ([*read_lines(Path("runs", name, "metrics.jsonl"))] for name in ("plain", "watched"))
     assert [line["step"] for line in watched] == [0, 1, 2]
-    for name in (*FIGURES, "train/loss", "train/learning_rate", "train/gradient_norm"):
+    for name in (*held_out(), "train/loss", "train/learning_rate", "train/gradient_norm"):
         assert [line.get(name) for line in watched] == [line.get(name) for line in plain]
     weights = [Path("runs", name, "adapter/adapter_model.safetensors").read_bytes() for name in ("plain", "watched")]
     assert weights[0] == weights[1]

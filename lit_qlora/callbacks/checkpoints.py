@@ -5,7 +5,6 @@ save is reported, and training continues. How they reach the disk is `storage`'s
 """
 
 import json
-import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -27,6 +26,7 @@ from lit_qlora.devices.world import any_of, by_first, is_first
 from lit_qlora.errors import UserError
 from lit_qlora.figures.card import write_card
 from lit_qlora.forecast.foresee import Needs
+from lit_qlora.metrics import is_better
 from lit_qlora.ranges import check_ranges
 from lit_qlora.storage.adapter import mend_adapter, put_adapter_back
 from lit_qlora.storage.checkpoint_io import check_checkpoint
@@ -128,10 +128,9 @@ class RunCheckpoints(StepCallback, Needs):
     def _keep_if_best(self, trainer: Trainer, module: LightningModule) -> None:
         figures = held_out_figures(trainer)
         best = self._unsaved.result if self._unsaved else read_result(self.run.adapter)
-        loss = figures["val/loss"]
-        if math.isfinite(loss) and (best is None or loss < best.get("val/loss", math.inf)):
+        if is_better(figures, best):
             self._keep(trainer, module, figures)
-        if math.isfinite(loss) and (self._kept is None or loss < self._kept["val/loss"]):
+        if is_better(figures, self._kept):
             self._kept = {"step": trainer.global_step, **figures}
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -157,7 +156,7 @@ class RunCheckpoints(StepCallback, Needs):
     def drop_aside(self) -> None:
         """Remove the adapter that a start put aside, once the run's best is as good: its steps have been repeated."""
         aside, best = (read_result(folder) or {} for folder in (self.run.adapter_before, self.run.adapter))
-        if aside and best.get("val/loss", math.inf) <= aside.get("val/loss", math.inf):
+        if aside and not is_better(aside, best):
             with suppress(OSError):  # it is in nobody's way
                 remove_folder(self.run.adapter_before)
 
@@ -180,7 +179,7 @@ class RunCheckpoints(StepCallback, Needs):
         """Report a best adapter that is missing from the disk."""
         kept = self._kept
         found = read_result(self.run.adapter) if kept else None
-        if kept and (found is None or found.get("val/loss", math.inf) > kept["val/loss"]):
+        if kept and is_better(kept, found):
             self._kept = found if found and "val/loss" in found else None
             note(
                 f"warning: the best adapter so far, that of step {kept['step']}, is gone from {self.run.adapter}, and "

@@ -40,11 +40,12 @@ class TrainMetrics(StepCallback):
         """Record at the end of the log interval."""
         if not is_log_step(trainer):
             return
-        loss, accuracy = map(float, self.sums.over_all().means())
+        means = {name: float(value) for name, value in self.sums.over_all().means().items()}
+        loss = means["train/loss"]
         figures = {
             "train/loss": loss,
             "train/perplexity": math.exp(loss) if loss < 700 else math.inf,
-            "train/accuracy": accuracy,
+            **means,
             "train/gradient_norm": float(module.gradient_norm),
             "train/learning_rate": self.learning_rate,
             "train/epoch": trainer.current_epoch + (trainer.fit_loop.batch_idx + 1) / trainer.num_training_batches,

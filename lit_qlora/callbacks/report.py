@@ -25,13 +25,14 @@ from lit_qlora.callbacks.validation import held_out_figures
 from lit_qlora.console import WIDTH, note, say, wrapped
 from lit_qlora.devices.world import world
 from lit_qlora.errors import UserError, one_line
-from lit_qlora.figures.card import HELD_OUT, PACKAGES, versions
+from lit_qlora.figures.card import PACKAGES, versions
 from lit_qlora.figures.lines import read_lines
 from lit_qlora.figures.report import write_report
 from lit_qlora.figures.samples import answered, ends_in_words, side_by_side
 from lit_qlora.forecast import words
 from lit_qlora.forecast.foresee import foresee
 from lit_qlora.forecast.memory import step_memory
+from lit_qlora.metrics import held_out, held_out_in_words, is_better
 from lit_qlora.place import COMMAND
 from lit_qlora.storage.config_file import flat
 from lit_qlora.storage.files import GIB, SaveError, write_file
@@ -191,13 +192,13 @@ def held_out_line(step: int, figures: Mapping[str, float], mark: str) -> str:
 
     Args:
         step: optimizer steps done.
-        figures: loss in nats per token, perplexity and accuracy, by their names in the record.
+        figures: of the validation, by their names in the record.
         mark: what the validation is, in a word.
     """
-    loss, perplexity, accuracy = (figures[f"val/{name}"] for name in ("loss", "perplexity", "accuracy"))
-    shown = f"{perplexity:,.2f}" if perplexity < 1e6 else f"{perplexity:.3g}"
-    line = f"step {step:>6}  held-out loss {loss:<7.4f} perplexity {shown:<8} accuracy {accuracy:>6.1%}  {mark}"
-    return line.rstrip()
+    shown = {name: metric for name, metric in held_out().items() if metric.line and name in figures}
+    parts = [metric.line.format(metric.written(figures[name])).replace(" ", "\0") for name, metric in shown.items()]
+    line = f"step {step:>6}  {' '.join(parts)}  {mark}".rstrip()
+    return textwrap.fill(line, WIDTH, subsequent_indent=" " * 13).replace("\0", " ")  # each part stays whole
 
 
 def last_samples(run: RunFolder) -> list[str]:
@@ -227,9 +228,8 @@ def is_gain(run: RunFolder, loss: float) -> bool:
         run: the run folder, with the recorded figures.
         loss: held-out loss in nats per token.
     """
-    losses = (line["val/loss"] for line in read_lines(run.metrics) if not line["step"] and "val/loss" in line)
-    before = next(losses, None)
-    return before is None or not math.isfinite(before) or loss < before
+    before = (line for line in read_lines(run.metrics) if not line["step"])
+    return is_better({"val/loss": loss}, next(before, None))
 
 
 def before_and_after(run: RunFolder) -> list[str]:
@@ -240,10 +240,7 @@ def before_and_after(run: RunFolder) -> list[str]:
         return []
     before, after = by_step[0], by_step[best["step"]]
     lines = [f"{'':32}{'before':>12}   after (step {best['step']}, the best)"]
-    for title, name, show in HELD_OUT:
-        if name in before and name in after:
-            lines.append(f"{title:32}{show(float(before[name])):>12}   {show(float(after[name]))}")
-    for title, first, last in ends_in_words(before, after):
+    for title, first, last in (*held_out_in_words(before, after), *ends_in_words(before, after)):
         if first is not None:
             lines.append(f"{title:32}{first:>12}   {last}")
     return lines

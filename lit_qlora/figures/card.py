@@ -6,7 +6,7 @@ Written into each such folder before it is sealed. Contains no path and no name 
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,6 +17,7 @@ from lit_qlora.data.templates import is_template
 from lit_qlora.figures.charts import CURVES, draw_curves, peak_of
 from lit_qlora.figures.render import filled
 from lit_qlora.figures.samples import ends_in_words
+from lit_qlora.metrics import held_out_in_words
 from lit_qlora.options import FREE_TEXTS
 from lit_qlora.storage.config_file import as_yaml
 from lit_qlora.storage.folders import ADAPTER_CONFIG, CARD
@@ -27,11 +28,6 @@ from lit_qlora.wording import duration
 
 PACKAGES = ("torch", "lightning", "transformers", "peft", "bitsandbytes")
 """Packages that decide what is computed."""
-HELD_OUT: tuple[tuple[str, str, Callable[[float], str]], ...] = (
-    ("held-out loss, nats per token", "val/loss", lambda value: f"{value:.4f}"),
-    ("held-out perplexity", "val/perplexity", lambda value: f"{value:,.2f}"),
-    ("held-out token accuracy", "val/accuracy", lambda value: f"{value:.1%}"),
-)
 LLAMA_2_NAME = re.compile(r"llama-?2", re.IGNORECASE)
 LICENCE = (
     "Llama 2 is licensed under the LLAMA 2 Community License, Copyright (c) Meta Platforms, Inc. All Rights Reserved. "
@@ -171,9 +167,8 @@ def _metadata(base: str, sources: Sequence[str], relation: str = "adapter") -> s
 
 
 def _measured(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    for title, name, show in HELD_OUT:
-        if name in after:
-            yield title, show(float(before[name])) if name in before else "not measured", show(float(after[name]))
+    for title, first, last in held_out_in_words(before, after):
+        yield title, first or "not measured", last
     for title, first, last in ends_in_words(before, after):
         yield f"sample {title}", first or "not measured", last
 

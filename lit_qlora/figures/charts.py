@@ -9,8 +9,11 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lit_qlora.metrics import METRICS, held_out
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,17 +65,12 @@ def charts(figures: FiguresByStep, step: int | None) -> Iterator[Chart]:
 
     Args:
         figures: Finite figures by optimizer step.
-        step: Of the best adapter, marked in the first chart; None for none.
+        step: Of the best adapter, marked in the chart of the held-out loss; None for none.
     """
-    drawings: tuple[tuple[str, Callable[[Axes], str]], ...] = (
-        ("Loss (nats per token)", lambda axes: _curves(axes, figures, "loss", step)),
-        ("Tokens predicted correctly", lambda axes: _curves(axes, figures, "accuracy", None)),
-        ("Learning rate", lambda axes: _curve(axes, figures, "train/learning_rate")),
-        ("Gradient norm", lambda axes: _curve(axes, figures, "train/gradient_norm")),
-        ("Tokens per second", lambda axes: _curve(axes, figures, "speed/tokens_per_second", from_zero=True)),
-        ("Peak memory (GiB)", lambda axes: _memory(axes, figures)),
-    )
-    for number, (title, draw) in enumerate(drawings):
+    titles = dict.fromkeys(metric.chart for metric in METRICS.values() if metric.chart)
+    drawings = {title: partial(_curves, figures=figures, title=title, step=step) for title in titles}
+    drawings["Peak memory (GiB)"] = partial(_memory, figures=figures)
+    for number, (title, draw) in enumerate(drawings.items()):
         found = _drawn(draw, f"chart{number}")
         if found:
             yield Chart(title, *found)
@@ -90,7 +88,7 @@ def draw_curves(file: Path, figures: FiguresByStep, step: int) -> bool:
     """
 
     def draw(axes: "Axes") -> str:
-        words = _curves(axes, figures, "loss", step)
+        words = _curves(axes, figures, METRICS["val/loss"].chart, step)
         axes.set_ylabel("loss, nats per token", color=INK)
         return words
 
@@ -190,40 +188,44 @@ def _steps(axes: "Axes") -> None:
     axes.set_xlabel("optimizer steps", color=INK)
 
 
-def _curves(axes: "Axes", figures: FiguresByStep, name: str, step: int | None) -> str:
-    """Training and held-out in one chart."""
+def _curves(axes: "Axes", figures: FiguresByStep, title: str, step: int | None) -> str:
+    """The chart with this ``title``: training and held-out in one, or training alone."""
     from matplotlib.ticker import PercentFormatter
 
-    train, held_out = (points(figures, f"{part}/{name}") for part in ("train", "val"))
-    if max(len(train), len(held_out)) < 2:
+    names, words = [name for name, metric in METRICS.items() if metric.chart == title], list[str]()
+    if not {*names} & {*held_out()}:
+        return _curve(axes, figures, names[0])
+    found = {name: line for name in names if (line := points(figures, name))}
+    if max(map(len, found.values()), default=0) < 2:
         return ""
-    smooth, words = smoothed(train), list[str]()
-    if smooth != train:
-        axes.plot(*zip(*train, strict=True), color=FAINT, linewidth=1)
-    for line, colour, label, shape in ((smooth, TRAIN_HUE, "training", ""), (held_out, HELD_OUT_HUE, "held-out", "o")):
-        if line:
-            axes.plot(*zip(*line, strict=True), color=colour, linewidth=2, marker=shape, markersize=4, label=label)
-            words.append(f"{label} from {line[0][1]:.4g} to {line[-1][1]:.4g}")
-    if step:
+    for name, line in found.items():
+        colour, label, shape = (HELD_OUT_HUE, "held-out", "o") if name in held_out() else (TRAIN_HUE, "training", "")
+        shown = line if name in held_out() else smoothed(line)
+        if shown != line:
+            axes.plot(*zip(*line, strict=True), color=FAINT, linewidth=1)
+        axes.plot(*zip(*shown, strict=True), color=colour, linewidth=2, marker=shape, markersize=4, label=label)
+        words.append(f"{label} from {shown[0][1]:.4g} to {shown[-1][1]:.4g}")
+    if step and "val/loss" in names:
         axes.axvline(step, color=MARK_HUE, linewidth=1, linestyle=(0, (3, 3)), label="best adapter")
         words.append(f"best adapter at step {step:,}")
-    if name == "accuracy":
+    if METRICS[names[0]].form.endswith("%"):
         axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.legend(frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
     _steps(axes)
     return ", ".join(words)
 
 
-def _curve(axes: "Axes", figures: FiguresByStep, name: str, *, from_zero: bool = False) -> str:
+def _curve(axes: "Axes", figures: FiguresByStep, name: str) -> str:
     from matplotlib.ticker import StrMethodFormatter
 
     line = points(figures, name)
     if len(line) < 2:
         return ""
     axes.plot(*zip(*line, strict=True), color=TRAIN_HUE, linewidth=2)
-    if from_zero:
+    if METRICS[name].starts_at_zero:
         axes.set_ylim(0, max(value for _, value in line) * 1.1 or 1)
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    if METRICS[name].form:
+        axes.yaxis.set_major_formatter(StrMethodFormatter(f"{{x:{METRICS[name].form}}}"))
     _steps(axes)
     values = [value for _, value in line]
     return f"from {values[0]:.4g} to {values[-1]:.4g}, between {min(values):.4g} and {max(values):.4g}"

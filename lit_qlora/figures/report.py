@@ -13,11 +13,11 @@ from typing import Any
 from markupsafe import Markup
 
 from lit_qlora.errors import UserError
-from lit_qlora.figures.card import HELD_OUT
 from lit_qlora.figures.charts import charts, peak_of
 from lit_qlora.figures.lines import damage_words, damaged_lines, read_lines
 from lit_qlora.figures.render import filled
 from lit_qlora.figures.samples import CUT, CUT_BY_CONTEXT, ROWS_SHOWN, answered, ends_in_words
+from lit_qlora.metrics import held_out_in_words
 from lit_qlora.place import COMMAND
 from lit_qlora.storage.config_file import as_yaml, read_options
 from lit_qlora.storage.files import write_file
@@ -154,10 +154,8 @@ def _tiles(
 ) -> Iterator[tuple[str, str, str]]:
     """The result at a glance: of each figure its name, its value, and what it is to be held against, or nothing."""
     before, after = figures.get(0, {}), figures.get(step, {})
-    for title, name, show in HELD_OUT:
-        if name in after:
-            first = f"before: {show(before[name])}" if name in before and step else ""
-            yield title.capitalize(), show(after[name]), first
+    for title, first, last in held_out_in_words(before, after):
+        yield title.capitalize(), last, f"before: {first}" if first and step else ""
     speeds = [line["speed/tokens_per_second"] for line in figures.values() if "speed/tokens_per_second" in line]
     if speeds:
         padding = [line["speed/padding_share"] for line in figures.values() if "speed/padding_share" in line]

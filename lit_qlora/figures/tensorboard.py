@@ -7,7 +7,6 @@ writer thread of its ``SummaryWriter``: an error comes back at once, and TensorF
 imported.
 """
 
-import math
 import os
 import socket
 import time
@@ -18,35 +17,14 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from lit_qlora.console import note
+from lit_qlora.metrics import METRICS, held_out, is_better
 
 PATTERN = "events.out.tfevents.*"
 TRAINING_FOLDER, HELD_OUT_FOLDER, FORECAST_FOLDER = FOLDERS = ("training", "held-out", "forecast")
 """Folders in the run folder, one for each line of a chart."""
 
-LOSS = "1 Loss/nats per token"
-RESERVED = "4 Memory (GiB)/training, reserved"
-TAGS = {
-    "train/loss": (TRAINING_FOLDER, LOSS),
-    "val/loss": (HELD_OUT_FOLDER, LOSS),
-    "train/learning_rate": (TRAINING_FOLDER, "2 Learning/learning rate"),
-    "train/gradient_norm": (TRAINING_FOLDER, "2 Learning/gradient norm"),
-    "updates/applied": (TRAINING_FOLDER, "2 Learning/updates applied"),
-    "updates/skipped": (TRAINING_FOLDER, "2 Learning/updates skipped"),
-    "train/epoch": (TRAINING_FOLDER, "3 Speed/epoch"),
-    "speed/tokens_per_second": (TRAINING_FOLDER, "3 Speed/tokens per second"),
-    "speed/padding_share": (TRAINING_FOLDER, "3 Speed/share of padding"),
-    "memory/train_reserved_gib": (TRAINING_FOLDER, RESERVED),
-    "memory/predicted_reserved_gib": (FORECAST_FOLDER, RESERVED),
-    "train/accuracy": (TRAINING_FOLDER, "5 Tokens/accuracy"),
-    "val/accuracy": (HELD_OUT_FOLDER, "5 Tokens/accuracy"),
-    "train/perplexity": (TRAINING_FOLDER, "5 Tokens/perplexity"),
-    "val/perplexity": (HELD_OUT_FOLDER, "5 Tokens/perplexity"),
-}
-"""Part and tag of figures by their recorded name; others keep their name, or have it made by `_place`."""
-
-GROUPS = {"memory": ("4 Memory (GiB)", TRAINING_FOLDER), "samples": ("6 Sample answers", HELD_OUT_FOLDER)}
-BEST = {f"val/{name}": f"7 Best adapter/held-out {name}" for name in ("loss", "perplexity", "accuracy")}
-"""Tags of the best validation so far, whose last value is the run's result: the page HPARAMS compares runs by them."""
+GROUPS = {"memory": "4 Memory (GiB)", "samples": "6 Sample answers"}
+"""Groups of figures without a tag of their own, by how their names begin."""
 
 SETTINGS = (
     "model.base", "data.source", "model.rank", "model.alpha", "model.dropout", "model.target_modules",
@@ -60,10 +38,13 @@ _ASIDE = ".events.tmp"
 
 
 class Event(NamedTuple):
-    """A protocol buffer of TensorBoard, ``content``, and the ``part`` of the run that it is shown in."""
+    """A protocol buffer of TensorBoard, ``content``, the ``part`` of the run that it is shown in, and all ``figures``
+    that were recorded with those it shows.
+    """
 
     part: str
     content: Any
+    figures: Mapping[str, Any] = {}
 
 
 def figures_events(step: int, figures: Mapping[str, float | str]) -> list[Event]:
@@ -79,7 +60,7 @@ def figures_events(step: int, figures: Mapping[str, float | str]) -> list[Event]
     for name, value in figures.items():
         part, tag = _place(name)
         values.setdefault(part, []).append(Summary.Value(tag=tag, simple_value=float(value)))
-    return [_event(part, step, found) for part, found in values.items()]
+    return [_event(part, step, found)._replace(figures=figures) for part, found in values.items()]
 
 
 def text_event(part: str, step: int, tag: str, text: str) -> Event:
@@ -111,7 +92,7 @@ class Board:
         self._files = {part: sorted((folder / part).glob(PATTERN)) for part in FOLDERS}
         """Event files of earlier starts by part; after `refresh`, the one of this start."""
         self._is_stale, self._is_doubled = True, False
-        self._best = math.inf
+        self._best: Mapping[str, Any] = {}
         self.problem: str | None = None
         """Why the files lack what came last; None where they have it."""
 
@@ -140,7 +121,7 @@ class Board:
         """Writes stale files anew with all ``events``: aside, then in place of the earlier ones."""
         if not (self._is_stale or self._is_doubled):
             return
-        self._best = math.inf
+        self._best = {}
         asides = {part: self.folder / f"{_ASIDE}.{part}" for part in FOLDERS}
         try:
             for aside in asides.values():
@@ -169,15 +150,13 @@ class Board:
         """``events``, and behind each validation that is the best so far its figures once more, as the result."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        tags = {TAGS[name][1]: tag for name, tag in BEST.items()}
+        tags = _best_tags()
         for event in events:
             yield event
-            if event.part != HELD_OUT_FOLDER:
-                continue
-            found = {value.tag: value.simple_value for value in event.content.summary.value}
-            if event.content.step and found.get(LOSS, math.inf) < self._best:
-                self._best = found[LOSS]
-                best = [Summary.Value(tag=tags[tag], simple_value=value) for tag, value in found.items() if tag in tags]
+            if event.content.step and is_better(event.figures, self._best):
+                self._best = event.figures
+                found = {tags[name]: float(value) for name, value in event.figures.items() if name in tags}
+                best = [Summary.Value(tag=tag, simple_value=value) for tag, value in found.items()]
                 yield _event(TRAINING_FOLDER, event.content.step, best)
 
     def _clear_earlier(self) -> None:
@@ -209,15 +188,20 @@ class Board:
 
 
 def _place(name: str) -> tuple[str, str]:
-    """Part and tag of the figure ``name``: of `TAGS`, in its group of `GROUPS`, or as it is called."""
-    if name in TAGS:
-        return TAGS[name]
+    """Part and tag of the figure ``name``: its own, in its group of `GROUPS`, or as it is called."""
     group, _, rest = name.partition("/")
-    if group not in GROUPS:
-        return HELD_OUT_FOLDER if group == "val" else TRAINING_FOLDER, name
-    title, part = GROUPS[group]
+    part = HELD_OUT_FOLDER if group in ("val", "samples") else TRAINING_FOLDER
+    part = FORECAST_FOLDER if name.startswith("memory/predicted_") else part
+    own = METRICS[name].tag if name in METRICS else ""
+    if own or group not in GROUPS:
+        return part, own or name
     words = rest.removesuffix("_gib").replace("train_", "training, ").replace("load_", "loading, ")
-    return part, f"{title}/{words.replace('validation_', 'validation, ').replace('_', ' ')}"
+    return part, f"{GROUPS[group]}/{words.replace('validation_', 'validation, ').replace('_', ' ')}"
+
+
+def _best_tags() -> dict[str, str]:
+    """Tags of the best validation so far, whose last value is the run's result: the page HPARAMS compares by them."""
+    return {name: f"7 Best adapter/held-out {name.removeprefix('val/')}" for name in held_out()}
 
 
 def _hyper_parameters(settings: Mapping[str, Any]) -> Iterator[Event]:
@@ -227,7 +211,7 @@ def _hyper_parameters(settings: Mapping[str, Any]) -> Iterator[Event]:
     given = {name: settings.get(name) for name in SETTINGS}
     kinds = {name: float if type(value) in (int, float) else str for name, value in given.items()}
     columns = [HParam(name, Discrete([], dtype=kind)) for name, kind in kinds.items()]
-    metrics = [Metric(tag, display_name=tag.partition("/")[2]) for tag in BEST.values()]
+    metrics = [Metric(tag, display_name=tag.partition("/")[2]) for tag in _best_tags().values()]
     values = {name: kinds[name](value) for name, value in given.items() if value is not None}
     # Without a trial of its own, a run would share one with each of the same settings.
     for summary in (hparams_config_pb(columns, metrics, 0), hparams_pb(values, trial_id="", start_time_secs=0)):

@@ -511,8 +511,7 @@ class QLoRAModule(LearnsInParts):
         """
         if not self._sums:  # a run's callbacks have them, or a subclass has a training step of its own
             return
-        loss, accuracy = self._sums.means()
-        self._log({"train/loss": loss, "train/accuracy": accuracy})
+        self._log(self._sums.means())
         step, interval = self.trainer.global_step + 1, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if interval and step % interval == 0:
             self._sums.reset()

@@ -34,17 +34,13 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from lit_qlora.batch import Batch
 from lit_qlora.devices.strategy import Replicas
 from lit_qlora.errors import UserError, excerpt, require
+from lit_qlora.metrics import held_out, logged
 from lit_qlora.model.base import Base
 from lit_qlora.model.device import check_kernels, choose_precision, compute_dtype, current_device
 from lit_qlora.model.fingerprint import fingerprint, short
 from lit_qlora.model.lora import Lora
 from lit_qlora.place import COMMAND
 from lit_qlora.text.formats import PromptFormat, from_record
-
-FIGURES = ("val/loss", "val/perplexity", "val/accuracy")
-"""Figures of each validation, for a callback to monitor."""
-LOGGED = ("train/loss", "train/accuracy", "train/gradient_norm", *FIGURES)
-"""Figures that a fit in a script logs."""
 
 _AVERAGED = "none that averages weights (the adapter saved is the one that was scored; model.schedule lets rates fall)"
 CHANGING: Mapping[type, str] = {
@@ -168,7 +164,9 @@ def check_monitors(trainer: Trainer) -> None:
         monitored, is_strict = getattr(callback, "monitor", None), getattr(callback, "strict", True)
         own = ("epoch", "step") if isinstance(callback, Checkpoint) else ()
         if is_strict and monitored not in own and not (rates and str(monitored).startswith("lr-")):
-            check_monitored(callback, [name for name in LOGGED if trainer.limit_val_batches or name not in FIGURES])
+            check_monitored(
+                callback, [name for name in logged() if trainer.limit_val_batches or name not in held_out()]
+            )
 
 
 def check_monitored(callback: Callback, figures: Sequence[str]) -> None:
@@ -184,7 +182,7 @@ def check_monitored(callback: Callback, figures: Sequence[str]) -> None:
     monitored = getattr(callback, "monitor", None)
     if isinstance(monitored, str) and monitored not in figures:
         known = [f"one of {', '.join(figures)}"] if figures else ["none"]
-        known += ["where trainer.limit_val_batches is 0"] if not {*FIGURES} & {*figures} else []
+        known += ["where trainer.limit_val_batches is 0"] if not {*held_out()} & {*figures} else []
         raise UserError(
             f"{type(callback).__name__} monitors {excerpt(monitored)}, expected {' '.join(known)}",
             option="trainer.callbacks",

@@ -34,11 +34,11 @@ class AnswerSums:
             for name in self.NAMES:
                 self._sums[name] = self._sums[name] + one[name]
 
-    def means(self) -> tuple[Tensor, Tensor]:
-        """Loss per answer token in nats, and the share of answer tokens that were the likeliest; fp64 scalars."""
+    def means(self) -> dict[str, Tensor]:
+        """Loss per answer token in nats, and the share of answer tokens that were the likeliest: fp64, by name."""
         loss_sum, num_correct = (torch.as_tensor(self._sums[name], dtype=torch.float64) for name in self.NAMES[:2])
         num_answers = max(self._sums["num_answers"], 1)
-        return loss_sum / num_answers, num_correct / num_answers
+        return {"train/loss": loss_sum / num_answers, "train/accuracy": num_correct / num_answers}
 
     def over_all(self) -> "AnswerSums":
         """The sums over the processes of a run."""

@@ -16,9 +16,8 @@ from lit_qlora.cli import main
 from lit_qlora.data.chat_template import write_tokenizer
 from lit_qlora.data.encode import Encoder
 from lit_qlora.data.tokenizer import load_tokenizer
-from lit_qlora.figures.card import HELD_OUT, addressed, card, merged_card, published
+from lit_qlora.figures.card import addressed, card, merged_card, published
 from lit_qlora.figures.lines import read_lines
-from lit_qlora.model import script
 from lit_qlora.storage.folders import verify_folder
 from lit_qlora.text.conversation import Conversation, Turn
 from lit_qlora.text.formats import make_format
@@ -36,10 +35,6 @@ FIGURES = {
 
 
 LLAMA_2 = "the Llama 2 chat format"
-
-
-def test_what_is_shown_of_each_validation_is_what_callbacks_may_monitor() -> None:
-    assert tuple(name for _, name, _ in HELD_OUT) == script.FIGURES
 
 
 def metadata(text: str) -> dict:

@@ -13,10 +13,11 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from tensorboard.util.tensor_util import make_ndarray
 
 from lit_qlora.figures.record import Record
-from lit_qlora.figures.tensorboard import FOLDERS, LOSS, RESERVED, Board
+from lit_qlora.figures.tensorboard import FOLDERS, Board
 from lit_qlora.storage.run import RunFolder
 from tests.expect import check_line
 
+LOSS, RESERVED = "1 Loss/nats per token", "4 Memory (GiB)/training, reserved"
 SETTINGS = {"model.rank": 4, "model.learning_rate": 2e-4, "model.base": "demo", "data.packing": False, "mine": 3}
 
 
@@ -118,6 +119,18 @@ def test_the_loss_comes_first_and_training_and_held_out_share_its_chart(tmp_path
         record.close_step()
         resumed = start(tmp_path / "demo", record.state_dict())
         resumed.finalize("success")
+
+
+@pytest.mark.parametrize("last", [2.0 - 1e-9, "-inf"])
+def test_the_best_validation_is_the_one_whose_adapter_is_kept(tmp_path, last):
+    """By the losses as recorded: in TensorBoard's fp32, one that is lower by a hair would be as low."""
+    record = start(tmp_path)
+    for step, loss in ((1, 2.0), (2, last)):
+        record.log_metrics({"val/loss": float(loss), "val/accuracy": step / 8}, step)
+    kept = [(1, 0.125), (2, 0.25)][: 1 if last == "-inf" else 2]
+    for _ in range(2):
+        assert shown_of(tmp_path, "training")["7 Best adapter/held-out accuracy"] == kept
+        record = start(tmp_path, record.state_dict())
 
 
 def test_hyper_parameters_stand_beside_the_result(tmp_path):

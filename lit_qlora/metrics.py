@@ -1,0 +1,86 @@
+"""Owns the figures of a run: what each is called, how it is written, where it is shown, and which validation is better.
+
+All views read this table. A figure that is not in it is recorded, too, and is in TensorBoard under its own name. Knows
+no run, and computes none of them.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+
+class Metric(NamedTuple):
+    """A figure, and where it is shown; an empty text leaves it out there.
+
+    Args:
+        tag: Group and title in TensorBoard, which a figure of training and a held-out one share; empty: its name.
+        chart: Title of its chart in the report, which both share, too.
+        form: How a value is written, as in a format string.
+        label: What a held-out figure is, in words: in the terminal's last table, the adapter's card and the report.
+        line: Its part of a validation's line, with braces for the value.
+        starts_at_zero: True if the axis of its chart does.
+        is_logged: True if a script's fit logs it, for callbacks to monitor; a held-out one always is.
+    """
+
+    tag: str = ""
+    chart: str = ""
+    form: str = ""
+    label: str = ""
+    line: str = ""
+    starts_at_zero: bool = False
+    is_logged: bool = False
+
+    def written(self, value: Any) -> str:
+        """``value``, a number or its text, as it is shown; a huge one in powers of ten."""
+        number = float(value)
+        return f"{number:{self.form if abs(number) < 1e6 else '.3g'}}"
+
+
+METRICS = {
+    "train/loss": Metric("1 Loss/nats per token", "Loss (nats per token)", is_logged=True),
+    "train/accuracy": Metric("5 Tokens/accuracy", "Tokens predicted correctly", ".1%", is_logged=True),
+    "train/perplexity": Metric("5 Tokens/perplexity"),
+    "train/learning_rate": Metric("2 Learning/learning rate", "Learning rate"),
+    "train/gradient_norm": Metric("2 Learning/gradient norm", "Gradient norm", is_logged=True),
+    "train/epoch": Metric("3 Speed/epoch"),
+    "updates/applied": Metric("2 Learning/updates applied"),
+    "updates/skipped": Metric("2 Learning/updates skipped"),
+    "speed/tokens_per_second": Metric("3 Speed/tokens per second", "Tokens per second", ",.0f", starts_at_zero=True),
+    "speed/padding_share": Metric("3 Speed/share of padding"),
+    "memory/train_reserved_gib": Metric("4 Memory (GiB)/training, reserved"),
+    "memory/predicted_reserved_gib": Metric("4 Memory (GiB)/training, reserved"),
+    "val/loss": Metric(
+        "1 Loss/nats per token", "Loss (nats per token)", ".4f", "held-out loss, nats per token", "held-out loss {:<7}"
+    ),
+    "val/perplexity": Metric("5 Tokens/perplexity", "", ",.2f", "held-out perplexity", "perplexity {:<8}"),
+    "val/accuracy": Metric(
+        "5 Tokens/accuracy", "Tokens predicted correctly", ".1%", "held-out token accuracy", "accuracy {:>6}"
+    ),
+}
+"""The figures by their names in the record; of each group, the order in which they are shown."""
+
+
+def held_out() -> dict[str, Metric]:
+    """The figures of a validation, by name."""
+    return {name: metric for name, metric in METRICS.items() if name.startswith("val/")}
+
+
+def logged() -> list[str]:
+    """Names of the figures that a script's fit logs."""
+    return [name for name, metric in METRICS.items() if metric.is_logged or name in held_out()]
+
+
+def held_out_in_words(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tuple[str, str | None, str]]:
+    """Label and values, ``before`` and ``after``, of each held-out figure among those of two steps.
+
+    One that was not measured after is left out; before is None if it was not measured then.
+    """
+    for name, metric in held_out().items():
+        if name in after:
+            yield metric.label, metric.written(before[name]) if name in before else None, metric.written(after[name])
+
+
+def is_better(figures: Mapping[str, Any], best: Mapping[str, Any] | None) -> bool:
+    """True if ``figures`` of a validation have a finite loss, and a lower one than the ``best`` before it, if any."""
+    loss, lowest = (float(one.get("val/loss", math.nan)) for one in (figures, best or {}))
+    return math.isfinite(loss) and not lowest <= loss

@@ -43,7 +43,7 @@ def projected(us_per_token: dict[str, float], tflops: float, gb_per_s: float) ->
 
     Args:
         us_per_token: kernel time in microseconds by class, measured on a card of these rates.
-        tflops: that card's sustained rate of 16-bit products, in TFLOP/s.
+        tflops: the card's sustained rate of 16-bit products, in TFLOP/s.
         gb_per_s: its bandwidth, in GB/s.
     """
     t4 = find_card("t4")

@@ -27,10 +27,10 @@ def columns(text: str) -> int:
 
 
 def shortened(text: str, width: int) -> str:
-    """A printable text without its middle.
+    """A printable text without its middle, if it is too long.
 
     Args:
-        text: to be shortened, if it takes more.
+        text: a printable text; returned as it is if it fits.
         width: columns that it may take.
     """
     if columns(text) <= width:
@@ -61,7 +61,7 @@ def lines_of(text: str, width: int) -> Iterator[str]:
     They break at spaces, and within a word only if it is longer than a line, or in a script without spaces.
 
     Args:
-        text: whose first line keeps its indentation.
+        text: a printable text; its first line keeps its indentation.
         width: columns of a line, at most.
     """
     line = ""

@@ -106,7 +106,7 @@ def plain_options(options: Mapping[str, Any], place: Path, verb: str = "fit") ->
     Args:
         options: as they stand in the file, by their dotted names.
         place: the file.
-        verb: whose options they are.
+        verb: verb that the options are for.
 
     Raises:
         UserError: one is no option, or its value is of another type.

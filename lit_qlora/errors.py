@@ -73,7 +73,7 @@ class SecretError(UserError):
 
     Args:
         option: as of `UserError`.
-        place: likewise.
+        place: as of `UserError`.
     """
 
     def __init__(self, option: str, place: str | None = None) -> None:
@@ -103,8 +103,8 @@ def require(holds: bool, option: str, expected: str, got: object, *, place: str 
 
     Args:
         holds: the requirement.
-        option: that it is about.
-        expected: in words.
+        option: option that the requirement is about.
+        expected: the requirement in words.
         got: the value that was found.
         place: the file that holds it, as of `UserError`.
     """
@@ -118,7 +118,7 @@ def recorded_in(place: PathLike[str], advice: str) -> Iterator[None]:
 
     Args:
         place: the run or the adapter that records it.
-        advice: which option to give instead.
+        advice: the option to give instead, in words.
 
     Raises:
         UserError: in place of the one without.
@@ -187,7 +187,7 @@ def cut(text: str) -> str:
     Secrets are replaced before, since half of one is not recognised.
 
     Args:
-        text: to be cut, if it is longer.
+        text: text of any length.
     """
     searched = SHOWN + LONGEST_SECRET
     text = redact(text if len(text) <= 2 * searched else f"{text[:searched]} {text[-searched:]}")
@@ -199,7 +199,7 @@ def one_line(error: object, most: int = 200) -> str:
     """The message of another project's error in one line, without secrets.
 
     Args:
-        error: that one, or its message.
+        error: the error, or its message.
         most: characters of the line.
     """
     return redact(" ".join(str(error).split())[: most + LONGEST_SECRET])[:most]

@@ -117,7 +117,7 @@ class OneLineErrors:
 
         Args:
             message: of jsonargparse, of one line or several.
-            ex: that it was made from.
+            ex: the error that the message was made from.
 
         Raises:
             UserError: always.
@@ -267,7 +267,7 @@ def no_class(name: str, option: str, known: Iterable[str], why: str = "") -> Use
 
     Args:
         name: of the class, as it was given.
-        option: whose value it is.
+        option: option that it was given to.
         known: names of the classes that may be meant.
         why: Python's reason; empty for none.
     """
@@ -434,7 +434,7 @@ def configs_first(args: Sequence[str], changed: Callable[[str], str] = str) -> l
 
     Args:
         args: the command line, without the verb.
-        changed: gives the file to put in place of each.
+        changed: function from a config file to the one to put in its place.
     """
     configs, others = take_option(args, *CONFIG)
     return [arg for one in configs for arg in (CONFIG[0], *(() if one is None else [changed(one)]))] + others

@@ -294,7 +294,7 @@ def _check_classes(option: str, given: Any, more: Mapping[str, str]) -> None:
     Imports none: a config file may be a stranger's. Passes what is nested deeper, and classes of the user's own.
 
     Args:
-        option: that takes classes.
+        option: option that takes classes.
         given: one or more, each a name, or a table with ``class_path`` and ``init_args``.
         more: what the command line gives to the last one.
     """

@@ -195,7 +195,7 @@ def print_now(line: str, stream: Any = None) -> None:
 
     Args:
         line: without its end.
-        stream: to print to; standard output by default.
+        stream: stream to print to; standard output by default.
     """
     stream = stream or sys.stdout
     start = f"\r{'':{get_terminal_size().columns - 1}}\r" if stream.isatty() else "\n"

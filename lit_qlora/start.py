@@ -199,7 +199,7 @@ def check_room(run: RunFolder, module: QLoRAModule, keep_checkpoints: int) -> No
 
     Args:
         run: the run folder, in which the checkpoints kept, and one being written, must have room.
-        module: whose base may have to be downloaded.
+        module: module whose base may have to be downloaded.
         keep_checkpoints: number of checkpoints kept.
 
     Raises:

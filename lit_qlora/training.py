@@ -466,8 +466,8 @@ def say_loading(model: QLoRAModule, datamodule: ChatDataModule) -> None:
     """Print what is read now, which may take minutes, and what is downloaded first.
 
     Args:
-        model: whose base is read.
-        datamodule: whose rows are.
+        model: module whose base is read.
+        datamodule: DataModule whose rows are read.
     """
     download = missing_bytes(model.base)
     first = f", a download of {size(download)} first" if download else ""

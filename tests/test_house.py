@@ -328,6 +328,8 @@ def test_a_docstring_is_complete_in_itself(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Expr) and (words := _literal(node.value).split()):
             assert words[0].strip(",:") not in FRAGMENTS, f"line {node.lineno}: {' '.join(words[:8])}"
+            clause = re.search(r"^ +[*\w]+: (has|likewise|that|which|whose)\b.*", _literal(node.value), re.MULTILINE)
+            assert not clause, f"line {node.lineno}: {clause and clause[0].strip()}"
 
 
 def _listed(words: str) -> set[str]:

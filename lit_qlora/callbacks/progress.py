@@ -58,8 +58,8 @@ class RunProgress(StepCallback, ProgressBar):
     standard error, a plain line per log interval replaces the bar.
 
     Args:
-        metrics: where it gets the last loss.
-        throughput: where it gets the tokens per second.
+        metrics: source of the last loss.
+        throughput: source of the tokens per second.
     """
 
     def __init__(self, metrics: TrainMetrics, throughput: Throughput) -> None:

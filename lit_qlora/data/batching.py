@@ -137,7 +137,7 @@ def run_steps(steps: int, max_epochs: int | None, max_steps: int) -> int:
     Args:
         steps: of an epoch.
         max_epochs: as the Trainer has it: -1 or None for no limit.
-        max_steps: likewise, -1.
+        max_steps: most steps of the run, as the Trainer has it: -1 for no limit.
     """
     by_epochs = math.inf if max_epochs in (None, -1) else max_epochs * steps
     return int(min(by_epochs, math.inf if max_steps == -1 else max_steps))
@@ -225,7 +225,8 @@ class PlannedBatches(torch.utils.data.Dataset[Batch]):
         steps: micro-batches of each optimizer step, as row numbers; each knows the learned tokens of its step.
         at_once: how many micro-batches are dealt to the devices together.
         packed: as in `collate`.
-        device_index: which of ``num_devices`` this is. Of a micro-batch dealt to another, only what is counted is made.
+        device_index: number of this device among ``num_devices``. Of a micro-batch dealt to another, only what is
+            counted is made.
         num_devices: number of processes that share the micro-batches, one per device.
     """
 

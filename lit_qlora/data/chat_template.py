@@ -49,7 +49,7 @@ def write_tokenizer(folder: Path, encoder: Encoder, max_tokens: int) -> None:
     of it, which puts that space at the very start alone (``[INST]`` after ``<s>`` would be other ids).
 
     Args:
-        folder: to write to; it exists.
+        folder: an existing folder.
         encoder: of training, whose ids the tokenizer is to give.
         max_tokens: the context of the base.
     """

@@ -27,7 +27,7 @@ class RowForm(NamedTuple):
 
     Args:
         name: as in ``data.form``.
-        title: what a row of this form is known by, in messages.
+        title: the name of such a row in messages.
         needs: the columns that it is made of.
         parse: what they hold, then what those of ``may_have`` hold (None where there is nothing), to the messages of
             the conversation, as `messages.parse` takes them, or to the conversation itself. Raises ValueError.
@@ -35,8 +35,8 @@ class RowForm(NamedTuple):
         aka: other names of its only column.
         holds: what the columns that it needs hold: a text (in a prompt or an answer, messages too; then the last of
             ``may_have`` is a list), or a list, which may be written out as text.
-        opens: what the form begins with, where others are made of the same columns: the one that opens first is it.
-        is_whole: whether it is a plain text, which is read only where all of it is to be learned.
+        opens: the beginning of its text, where other forms have the same columns: the one that opens first counts.
+        is_whole: True for a plain text, which is read only if all of it is to be learned.
     """
 
     name: str
@@ -195,7 +195,7 @@ def check_columns(
     Args:
         columns: names of columns, by what they hold.
         form: as in ``data.form``.
-        option: that the columns are of, for messages.
+        option: option that gives the columns, for messages.
         use: whether rows are to be learned, or to be answered.
 
     Raises:
@@ -265,7 +265,7 @@ def as_options(option: str, columns: Mapping[str, str]) -> str:
     """How a user gives ``columns``: as options, or in the table of a source.
 
     Args:
-        option: that names columns: of all rows, or of one source.
+        option: option that names columns: of all rows, or of one source.
         columns: names of columns, by what they hold.
     """
     if option in COLUMN_OPTIONS.values():

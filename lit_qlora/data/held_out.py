@@ -184,7 +184,7 @@ class Parts:
         and those that the run learned are counted.
 
         Args:
-            rows: that record; None without one.
+            rows: the run's record; None without one.
 
         Returns:
             Those rows, and the number of recorded ones that are missing.

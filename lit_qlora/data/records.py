@@ -52,10 +52,10 @@ class Reading(NamedTuple):
         strict: True to make the first unusable row an error.
         prompt_format: the prompt format; conversations that it can't hold are left out.
         columns: what the columns of a form are called in the rows; None: as in `forms.FORMS`.
-        opening: what the user is taken to have said where the assistant begins; None leaves its opening out.
-        is_whole: whether plain text may be read, to be learned whole.
+        opening: text of the user for a conversation that the assistant begins; None leaves its opening out.
+        is_whole: True if plain text may be read, to be learned whole.
         any_number: True to leave out any number of unusable rows but all, not one in ten at most.
-        columns_option: that gives the columns, or is to give them.
+        columns_option: option that gives the columns, or would give them.
     """
 
     form: Form = "auto"
@@ -118,7 +118,7 @@ class Records:
     """The conversations of a source, and what was left out or not used.
 
     Args:
-        name: what the source is called in messages.
+        name: the source's name in messages.
         kept: the conversations, in the order of their rows.
         dropped: number of rows by what was changed, left out or not used, in words.
         left_out: rows that no conversation was made of.

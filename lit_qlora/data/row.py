@@ -82,8 +82,8 @@ def read_row(
         use: what the row is for.
         columns: what the columns of `FORMS` are called in the row; None: the same. No others are used then.
         opening: as in `messages.parse`.
-        is_whole: whether a text without a form may be read, to be learned whole.
-        option: that names columns, for remedies; default: that of the ``use``.
+        is_whole: True if a text without a form may be read, to be learned whole.
+        option: option that names columns, for remedies; default: that of the ``use``.
 
     Raises RowError when it has no such columns, or what they hold is no conversation.
 

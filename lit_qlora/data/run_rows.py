@@ -24,8 +24,8 @@ class RunRows:
     """Digests of a run's conversations, in their order.
 
     Args:
-        held_out: of those that are scored, repeated ones as often as they are there.
-        train: of those that are learned, each once.
+        held_out: of the conversations that are scored, repeated ones as often as they are there.
+        train: of the conversations that are learned, each once.
         validation_source: the option that says where the held-out ones are from.
     """
 
@@ -40,8 +40,8 @@ class RunRows:
         """The record of a run's conversations.
 
         Args:
-            train: those that are learned.
-            held_out: those that are scored, in order.
+            train: conversations that are learned.
+            held_out: conversations that are scored, in order.
             validation_source: the option that says where the latter are from.
         """
         return cls(tuple(map(turns_digest, held_out)), frozenset(map(turns_digest, train)), validation_source)

@@ -47,11 +47,11 @@ class Splits:
 
     Args:
         source: the demo, a file, a folder, a pattern or a hub id.
-        names: of each kind in `SPLITS` that it has, its name there.
-        unread: what else it holds that looks like rows: other splits, or files.
-        beside: of a file or folder named for training, those named for other splits, which stand in the same folder.
-        is_chosen: whether the source itself names the split, which is the training rows then.
-        note: of a pattern, which of its files are the training rows, in words.
+        names: name of the split of each kind in `SPLITS` that the source has.
+        unread: other splits or files of it that look like rows.
+        beside: files or folders for other splits, beside a file or folder that is named for training.
+        is_chosen: True if the source itself names the split, which is the training rows then.
+        note: a line on which files of a pattern are the training rows; empty for none.
     """
 
     source: str

@@ -44,7 +44,7 @@ def tokens(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int], learned: It
     Args:
         tokenizer: of the row.
         ids: the row's, of length T.
-        learned: whether each of them is, of length T.
+        learned: True for each of them that is learned, of length T.
     """
     special = special_tokens(tokenizer)
     names = tokenizer.convert_ids_to_tokens(list(ids))
@@ -64,7 +64,7 @@ def example_lines(
     Args:
         tokenizer: of the row.
         ids: the row's, of length T.
-        labels: which of them are learned, of length T.
+        labels: ids of the learned tokens, `IGNORE_INDEX` for others, of length T.
         width: columns of a line.
         most: lines, 1 or 2.
     """

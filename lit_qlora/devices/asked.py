@@ -69,7 +69,7 @@ def check_there(devices: int | Sequence[int], num_gpus: int) -> None:
 
     Args:
         devices: how many, or their numbers.
-        num_gpus: that are here, at least 1.
+        num_gpus: GPUs on this machine, at least 1.
     """
     if world().size > 1 and num_gpus == 1:  # srun shows each process its own alone
         return

@@ -10,7 +10,7 @@ def filled(package: str, file: str, /, **values: Any) -> str:
     """A template with ``values`` in it; in HTML these are text and never markup.
 
     Args:
-        package: has the template in its folder ``templates``.
+        package: package with the template in its folder ``templates``.
         file: its name, which ends in .html.jinja or .md.jinja.
         values: all that the template names.
     """

@@ -121,7 +121,7 @@ class Forecast:
 
     Args:
         shape: of the base.
-        card: to train on.
+        card: GPU to train on.
         rows: the training rows, before they are cut to ``max_length`` tokens.
         lora: the adapter.
         ranks: of an adapter to start from, by linear layer, for each decoder layer; else all are that of ``lora``.
@@ -421,8 +421,8 @@ def fits_to_score(module: Any, data: Any, trainer: Any, card: Card) -> bool:
     Args:
         module: a `QLoRAModule`; nothing of it has to be loaded.
         data: its `ChatDataModule`.
-        trainer: that is to score.
-        card: to score on.
+        trainer: Trainer that is to score.
+        card: GPU to score on.
     """
     tokens = data.plan.tokens or data.plan.rows * data.max_length
     step = step_of(

@@ -46,7 +46,7 @@ def waits_for_host(step: Step, card: Card) -> bool:
 
     Args:
         step: settings and sizes of a micro-batch.
-        card: whose rates are compared.
+        card: GPU whose rates are compared.
 
     Returns:
         False for a card of unknown rates, too.
@@ -61,7 +61,8 @@ def epoch_hours(step: Step, epoch: Epoch, card: Card) -> float | None:
     Args:
         step: settings, and the share of layers that recompute.
         epoch: tokens and micro-batches.
-        card: whose sustained rates bound products and memory traffic; the two are added, and a time per micro-batch.
+        card: GPU whose sustained rates bound products and memory traffic; the two are added, and a time per
+            micro-batch.
     """
     if card.tflops is None or card.gb_per_s is None or step.element != 2:
         return None

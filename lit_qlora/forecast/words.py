@@ -90,7 +90,7 @@ def host_lines(forecast: Forecast, before: Sequence[tuple[str, int]] = ()) -> It
 
     Args:
         forecast: of the run.
-        before: what comes first, each with its bytes.
+        before: first lines, each with its bytes.
     """
     step, keep_checkpoints = forecast.step, forecast.keep_checkpoints
     trained = sum(step.lora_tensors)
@@ -111,7 +111,7 @@ def time_lines(forecast: Forecast, behind: str = "") -> Iterator[str]:
 
     Args:
         forecast: of the run.
-        behind: what ends the first line.
+        behind: end of the first line.
     """
     epoch, card, hours = forecast.epoch, forecast.card, forecast.hours
     if hours is None:
@@ -147,7 +147,7 @@ def table_line(what: str, size: float, unit: int = GIB) -> str:
     """A line of such a table.
 
     Args:
-        what: takes the memory, in words.
+        what: user of the memory, in words.
         size: bytes.
         unit: bytes that count as one.
     """

@@ -29,12 +29,12 @@ class Architecture:
     """A decoder that computes as Llama's does, but for what is stated here.
 
     Args:
-        model_type: in config.json, and of transformers' module.
+        model_type: name in config.json, and of transformers' module.
         prefix: of the names of transformers' classes.
         aliases: other names of the class in config.json that mean the same.
         biases: the linear layers that have a bias: always (None), or where the named key of config.json is true.
-        has_head_norms: whether queries and keys are normalised per head, before the rotation.
-        needs_divisor: whether transformers has heads divide the hidden size even where ``head_dim`` is given.
+        has_head_norms: True if queries and keys are normalised per head, before the rotation.
+        needs_divisor: True if transformers has heads divide the hidden size even where ``head_dim`` is given.
         keys: what config.json may hold beside the keys of all architectures, and what each must be.
         defaults: values of keys that are missing in config.json, where transformers' are not those of Llama.
         window: of a config.json, how many tokens back some layer sees at most, itself included; None if all see all.

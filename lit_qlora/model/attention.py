@@ -125,7 +125,7 @@ def has_flash(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> boo
 
     Args:
         query: ``[B, heads, T, head width]``.
-        key: likewise, of as many heads or fewer.
+        key: ``[B, key heads, T, head width]``, of as many heads or fewer.
         value: shaped as ``key``.
         is_causal: True if each place sees only itself and those before it.
     """

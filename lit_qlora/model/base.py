@@ -261,7 +261,7 @@ def check_lora(base: Base, rank: int, target_modules: str | list[str]) -> None:
     """Check that LoRA is not larger than the layers themselves, and the names of those that get it.
 
     Args:
-        base: to be trained.
+        base: base to train.
         rank: of LoRA.
         target_modules: names of linear layers, or ``all-linear``.
 
@@ -293,7 +293,7 @@ def check_context(base: Base, max_length: int) -> None:
     """Check that a base knows the positions of the longest rows: beyond, it has never seen them, or sees them cut.
 
     Args:
-        base: to be trained or asked.
+        base: base to train or to ask.
         max_length: tokens of one row.
 
     Raises:

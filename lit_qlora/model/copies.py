@@ -67,9 +67,9 @@ class Copies:
         """A base as its 4-bit copy; None without an intact one.
 
         Args:
-            base: in 16 bits.
-            dtype: that the copy is to compute in; None: any.
-            device_type: that it was quantised on; ``*``: any.
+            base: a base in 16 bits.
+            dtype: dtype that the copy is to compute in; None for any.
+            device_type: type of the device that it was quantised on; ``*`` for any.
         """
         if self.root is None or not self.root.is_dir() or base.in_4_bits:
             return None
@@ -88,8 +88,8 @@ class Copies:
 
         Args:
             base: downloaded first where it is on the hub, even if no copy of it is kept.
-            dtype: that the copy is to compute in.
-            device: to quantise on.
+            dtype: dtype that the copy is to compute in.
+            device: device to quantise on.
 
         Returns:
             A line that reports it, or says why not; None where there is nothing to say.

@@ -46,7 +46,7 @@ class Layer(NamedTuple):
 
     Args:
         linears: q, k, v, o, gate, up, down.
-        weights: gives the weights of these, ``[out, in]``.
+        weights: source of the dequantised weights of these, ``[out, in]``.
         lora: A ``[rank, in]`` and B ``[out, rank]`` of each with LoRA, in order.
         buffers: for 16-bit copies of these.
         norms: weights ``[h]`` of the norms before attention and before the MLP.
@@ -175,7 +175,7 @@ def weights_of(model: Any, shards: Shards | None = None, compiles: bool = False)
     """The weights of each decoder layer of ``model``, a 4-bit base with LoRA; shared with it, not copied.
 
     Args:
-        model: whose layers.
+        model: the 4-bit base with LoRA.
         shards: what brings them, where no device holds them all.
         compiles: as `Weights` has it.
     """
@@ -198,7 +198,7 @@ def extract_layers(model: Any, pointwise: Pointwise = EAGER, weights: Sequence[W
     Made for its current state: dropout is for train mode only, and a disabled adapter is left out.
 
     Args:
-        model: whose layers.
+        model: the 4-bit base with LoRA.
         pointwise: what is computed between products.
         weights: what gives each layer its weights; default: `weights_of` the model.
     """
@@ -246,7 +246,7 @@ def run_layers(layers: Sequence[Layer], hidden: Tensor, places: Places, kept_lay
     """The hidden states after the layers, of one micro-batch; see `run_together`.
 
     Args:
-        layers: in order.
+        layers: all layers, in order.
         hidden: ``[B, T, h]``, before them.
         places: of its tokens.
         kept_layers: number of layers that keep the results of their products.
@@ -302,7 +302,7 @@ def run_together(
     them send their feed-forward's to ``store``: the way back is then longest. Without a backward, none keeps anything.
 
     Args:
-        layers: in order.
+        layers: all layers, in order.
         micro_batches: at least one.
         kept_layers: number of them.
         store: where a part of what is kept waits.
@@ -526,7 +526,7 @@ class _Products:
     gradients of LoRA.
 
     Args:
-        layer: whose products.
+        layer: the layer that they belong to.
         dtype: of activations; adapters are fp32 and take part in this one.
         remember: True to keep weights dequantised from a forward to the backward after it.
         holds: True to keep them from one micro-batch to the next.

@@ -97,7 +97,7 @@ def check_kernels(device: Device) -> None:
     """Check that torch can compute on a device.
 
     Args:
-        device: to compute on.
+        device: device to compute on.
 
     Raises:
         UserError: this build of torch has no kernels for a GPU that old.
@@ -165,7 +165,7 @@ def check_attention(attention: Attention, device: Device) -> None:
 
     Args:
         attention: its implementation.
-        device: to compute on.
+        device: device to compute on.
 
     Raises:
         UserError: it can't, or a package is missing for it.
@@ -207,7 +207,7 @@ def check_compile(wanted: bool | str, device: Device) -> str | None:
 
     Args:
         wanted: as ``model.compile``.
-        device: to compute on.
+        device: device to compute on.
 
     Raises:
         UserError: compilation is requested explicitly, and something is missing for it.

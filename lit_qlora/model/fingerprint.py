@@ -48,7 +48,7 @@ def fingerprint(base: Base) -> str:
     (in the folder or in the cache).
 
     Args:
-        base: whose weights are here.
+        base: base whose weights are on this machine.
 
     Raises:
         UserError: they can't be read.
@@ -65,8 +65,8 @@ def write_original(folder: Path, copy: Base, base: Base) -> None:
 
     Args:
         folder: of the copy, which is being written.
-        copy: that stands for it.
-        base: that it was made from.
+        copy: 4-bit copy in that folder, as a base.
+        base: base that the copy was made from.
     """
     stated = {"of": fingerprint(base), "own": _sampled(copy)}
     (folder / ORIGINAL).write_text(json.dumps(stated, indent=2), encoding="utf-8")

@@ -33,12 +33,8 @@ Sums = tuple[Tensor, Tensor, int]
 
 
 class Waiting(NamedTuple):
-    """A micro-batch that is to be learned.
-
-    Args:
-        batch: the micro-batch.
-        drawn: what `ComputesSums.draw` gave for it, a seed of dropout per layer; None if nothing was drawn.
-    """
+    """A micro-batch, ``batch``, that is to be learned, with a seed of dropout per layer, ``drawn`` by
+    `ComputesSums.draw`; None if nothing was drawn."""
 
     batch: Batch
     drawn: Any

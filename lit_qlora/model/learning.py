@@ -162,7 +162,7 @@ class LearnsInParts(ComputesSums):
         Args:
             loss: of `training_step`, a scalar, which a subclass may have scaled, added to, or replaced.
             *args: as torch's ``Tensor.backward``.
-            **kwargs: likewise.
+            **kwargs: as torch's ``Tensor.backward``.
 
         Raises:
             OutOfRoomError: memory runs out, and nothing is left to do.

@@ -35,7 +35,7 @@ def load_base(base: Base, dtype: torch.dtype, device: torch.device, attention: A
     Args:
         base: its weights are downloaded first where they are on the hub.
         dtype: of the 4-bit products, the embedding, the norms and the head.
-        device: to load to.
+        device: device to load to.
         attention: transformers' implementation.
 
     Returns:
@@ -84,8 +84,8 @@ def quantise(stored: Stored, dtype: torch.dtype, device: torch.device) -> Any:
 
     Args:
         stored: where it stands in a file.
-        dtype: that it is rounded to before.
-        device: that quantises it, and holds the result.
+        dtype: dtype that the weight is rounded to before.
+        device: device that quantises it, and holds the result.
     """
     from bitsandbytes.nn import Params4bit
 
@@ -104,8 +104,8 @@ def settle(model: "PreTrainedModel", dtype: torch.dtype) -> None:
     """Freeze a loaded base.
 
     Args:
-        model: with its linear layers in 4 bits.
-        dtype: that it computes in: of its products, and of all else that is not in 4 bits.
+        model: base with its linear layers in 4 bits.
+        dtype: dtype of its products, and of all else that is not in 4 bits.
     """
     from bitsandbytes.nn import Linear4bit
 

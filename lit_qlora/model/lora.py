@@ -211,7 +211,7 @@ def check_shapes(found: Shapes, expected: Shapes, problem: str, **where: Any) ->
     Args:
         found: shapes by name.
         expected: those of the model.
-        problem: that there is if they differ, in a few words.
+        problem: the problem if they differ, in a few words.
         where: further fields of the error.
 
     Raises:
@@ -267,7 +267,7 @@ def save_adapter(model: "PeftModel", base: Base, folder: Path, prompt_format: Pr
         model: the base with the adapter.
         base: of which the name that may be published and the fingerprint are recorded.
         folder: an existing one.
-        prompt_format: that the adapter was trained with.
+        prompt_format: prompt format that the adapter was trained with.
 
     Raises:
         OSError: a file can't be written.

@@ -164,7 +164,7 @@ def locked(size: int, like: Tensor) -> Tensor:
 
     Args:
         size: number of elements.
-        like: has their dtype, and the device that copies go to.
+        like: tensor of their dtype, on the device that copies go to.
 
     Raises:
         UserError: there is no such memory, or CUDA can't lock it.

@@ -85,7 +85,7 @@ def make_schedule(name: Schedule, optimizer: torch.optim.Optimizer, num_steps: i
 
     Args:
         name: of the schedule.
-        optimizer: whose learning rate is the peak.
+        optimizer: optimizer whose learning rate is the peak.
         num_steps: optimizer steps of the run.
         warmup_ratio: share of these, rounded up, in which the rate rises.
     """

@@ -114,7 +114,7 @@ def check_trained(module: LightningModule, adapter: Mapping[str, torch.Tensor]) 
     """Check that the adapter's weights are trained, in fp32, and no others, which no checkpoint would hold.
 
     Args:
-        module: with its model.
+        module: module with its model.
         adapter: the adapter's weights, by name.
 
     Raises:
@@ -136,8 +136,8 @@ def refuse_kinds(given: Sequence[Any], option: str, taken: Mapping[Any, str]) ->
     """Check that none of some callbacks or plugins is of a kind that may not be given.
 
     Args:
-        given: to be checked.
-        option: that they are the value of, for messages.
+        given: callbacks or plugins.
+        option: option that they were given to, for messages.
         taken: the kinds, with what is expected instead of each.
 
     Raises:
@@ -173,7 +173,7 @@ def check_monitored(callback: Callback, figures: Sequence[str]) -> None:
     """Check that a callback monitors a figure that there is.
 
     Args:
-        callback: that may have a ``monitor``.
+        callback: callback that may have a ``monitor``.
         figures: names that there are.
 
     Raises:
@@ -220,9 +220,9 @@ def to_record(base: Base, lora: Lora, prompt_format: PromptFormat) -> dict[str, 
     """The record of a checkpoint under `OF`.
 
     Args:
-        base: that is trained.
+        base: base that is trained.
         lora: its adapter's options.
-        prompt_format: that it is trained with.
+        prompt_format: prompt format that it is trained with.
     """
     scaling = {name: getattr(lora, name) for name in SCALING}
     return {"base_fingerprint": fingerprint(base), **scaling, "prompts": prompt_format.record()}
@@ -233,7 +233,7 @@ def recorded_format(of: Mapping[str, Any], base: Base, lora: Lora, given: Prompt
 
     Args:
         of: what it holds under `OF`.
-        base: that is loaded.
+        base: base that is loaded.
         lora: the module's options.
         given: the format of the Trainer's data, if there is a `ChatDataModule`.
 

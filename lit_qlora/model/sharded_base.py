@@ -47,9 +47,9 @@ def load_sharded(
     """Load a base as `load.load_base` does, but for the decoder's linear layers, whose shares come as they are used.
 
     Args:
-        base: in 16 bits, or with all linear layers in 4.
+        base: base in 16 bits, or with all linear layers in 4.
         dtype: of the 4-bit products, the embedding, the norms and the head.
-        device: to load to.
+        device: device to load to.
         attention: transformers' implementation.
         on_host: True to keep this process's share in the host's memory.
 

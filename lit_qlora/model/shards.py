@@ -29,7 +29,7 @@ class TensorPart(NamedTuple):
     Args:
         dtype: of its values.
         shape: of the whole tensor.
-        read: gives some bytes as uint8: the number of the first, and how many.
+        read: function that returns bytes as uint8, from the number of the first and how many.
     """
 
     dtype: torch.dtype
@@ -43,12 +43,8 @@ class TensorPart(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """A 4-bit weight whose bytes are shared.
-
-    Args:
-        state: bitsandbytes' QuantState, in which `Shards` puts the scales.
-        parts: its bytes in order: values, scales and, with double quantisation, the scales of these.
-    """
+    """A 4-bit weight whose bytes are shared: bitsandbytes' ``state``, in which `Shards` puts the scales, and its
+    ``parts`` in order: values, scales and, with double quantisation, the scales of these."""
 
     state: Any
     parts: tuple[TensorPart, ...]

@@ -31,7 +31,7 @@ def require_trained(run: RunFolder, option: str, names_one: str, remedy: str) ->
 
     Args:
         run: the run.
-        option: that names it, for the message.
+        option: option that names the run, for the message.
         names_one: the option that takes the folder of another adapter.
         remedy: what to do where the run has none yet.
 

@@ -77,7 +77,7 @@ def flat(config: Mapping[Any, Any], section: str = "") -> dict[str, Any]:
     """Options by their dotted names.
 
     Args:
-        config: in sections, or not.
+        config: options in sections, or with dotted names.
         section: stands before their names, with a dot behind it.
 
     Raises:

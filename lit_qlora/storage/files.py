@@ -38,7 +38,7 @@ def output_path(output: str, what: str = "file", option: str = "output") -> Path
 
     Args:
         output: its value.
-        what: is to be written: a file or a folder.
+        what: kind of the output: a file or a folder.
         option: its name, for messages.
 
     Raises:
@@ -74,7 +74,7 @@ def require_folder(path: Path, option: str = "output") -> None:
     """Check that what an option names is in a folder that is there.
 
     Args:
-        path: that it names.
+        path: path that the option names.
         option: its name, for messages.
 
     Raises:
@@ -88,7 +88,7 @@ def require_new(path: Path, why: str = "") -> None:
     """Check that what the option ``output`` names is not there.
 
     Args:
-        path: that it names.
+        path: path that the option names.
         why: what is there is not taken, in brackets; or nothing.
 
     Raises:
@@ -186,7 +186,7 @@ def parse_json(text: str | bytes, **options: Any) -> Any:
     """`json.loads` whose only error is ValueError: files come from anywhere.
 
     Args:
-        text: in UTF-8, if bytes.
+        text: JSON; in UTF-8, if bytes.
         **options: as of `json.loads`.
 
     Raises:
@@ -272,7 +272,7 @@ def disk_error(error: Exception, path: Path) -> OSError:
 
     Args:
         error: of safetensors.
-        path: that was to be written.
+        path: path that was to be written.
     """
     found = re.search(r"os error (\d+)", str(error))
     return OSError(int(found[1]), os.strerror(int(found[1])), str(path)) if found else OSError(str(error))
@@ -300,7 +300,7 @@ def require_room(path: Path, needed_bytes: int, what: str, *, option: str, remed
         path: on that disk; it may not exist yet.
         needed_bytes: for ``what``.
         what: needs them, in words.
-        option: that the error names.
+        option: option that the error names.
         remedy: beside freeing some.
     """
     free = free_bytes(path)

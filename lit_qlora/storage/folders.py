@@ -296,7 +296,7 @@ def is_whole(folder: Path, check: Callable[[Path], object] = verify_folder) -> b
     """True unless a check finds a folder damaged.
 
     Args:
-        folder: to be checked.
+        folder: a folder that `write_folder` made.
         check: raises DamagedFolderError if it is; default: by its manifest.
     """
     try:

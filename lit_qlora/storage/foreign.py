@@ -56,7 +56,7 @@ def read_object(file: Path, place: str | None = None) -> dict[str, Any]:
 
     Args:
         file: of another program.
-        place: that it belongs to, such as a base: messages name the file within it, else by its path.
+        place: base or folder that it belongs to; messages name that and the file in it, or without it the file's path.
 
     Raises:
         UserError: for an unreadable file, one that holds no object, and one above `LARGEST_FILE`.
@@ -109,8 +109,8 @@ def check(place: str, key: str, kind: Kind, value: Any) -> None:
     Args:
         place: the file that holds it, for messages.
         key: its name there.
-        kind: that it is to be of.
-        value: to be checked.
+        kind: kind that the value is to be of.
+        value: value that was found.
 
     Raises:
         UserError: it is not.
@@ -125,8 +125,8 @@ def wrong(place: str, key: str, expected: str, value: Any) -> UserError:
     Args:
         place: the file that holds it.
         key: its name there.
-        expected: in words.
-        value: that was found.
+        expected: the kind in words.
+        value: value that was found.
     """
     return UserError(f"{key}: expected {expected}, got {shown(value)}", place=place)
 

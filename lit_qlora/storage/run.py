@@ -73,7 +73,7 @@ def unnamed_run(config: str | None, base: str) -> Path:
 
     Args:
         config: the last config file, whose name it has; None for none.
-        base: of which it has the name then.
+        base: the base, which gives the name where there is no config file.
     """
     return RUNS / (Path(config).stem if config else Path(base).name or "run")
 
@@ -172,7 +172,7 @@ class RunFolder:
         """Create the folder, lock it, and repair what a kill left behind.
 
         Args:
-            option: that named the folder, for messages.
+            option: option that named the folder, for messages.
             take: locks it, before any repair.
 
         Raises:
@@ -264,7 +264,7 @@ class RunFolder:
             check: as in `last_checkpoint`, and ``above`` too.
             above: step, up to which none counts.
             is_needed: False if there is another place to resume from.
-            option: that named the folder, for messages.
+            option: option that named the folder, for messages.
 
         Raises:
             UserError: there are some, none is intact, and one is needed.

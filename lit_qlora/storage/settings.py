@@ -103,7 +103,7 @@ def refused(
 
     Args:
         was: as in `differences`.
-        now: likewise.
+        now: as in `differences`.
         are_same_rows: asked where only `ROW_SETTINGS` changed: True if the rows there are those of the run.
     """
     others = [change for change in differences(was, now) if not _is_of(change.name, MAY_CHANGE)]
@@ -116,7 +116,7 @@ def without_effect(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Chang
 
     Args:
         was: as in `differences`.
-        now: likewise.
+        now: as in `differences`.
     """
     return [change for change in differences(was, now) if _is_of(change.name, TRAINS_ONLY)]
 

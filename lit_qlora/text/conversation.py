@@ -18,7 +18,7 @@ class TextError(ValueError):
 
     Args:
         turn: its number, from 1 on; 0 is the system text.
-        problem: what is wrong with it.
+        problem: the reason in words.
     """
 
     def __init__(self, turn: int, problem: str) -> None:

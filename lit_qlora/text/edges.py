@@ -116,7 +116,7 @@ def clean(conversation: Conversation, marks: Sequence[str]) -> tuple[Conversatio
     """A conversation without special tokens at the edges of its turns and of its system text.
 
     Args:
-        conversation: to be cleaned.
+        conversation: conversation as its row has it.
         marks: the tokens, as they are spelled.
 
     Returns:

@@ -96,7 +96,7 @@ class PromptFormat(ABC):
         """An open conversation up to where its answer begins, an answered one up to the end of its last answer.
 
         Args:
-            conversation: to be written; of a plain text, that itself stands between BOS and EOS.
+            conversation: an open or an answered one; a plain text is written between BOS and EOS.
 
         Raises:
             ValueError: the format can't hold it, as where a turn holds one of `tags`.
@@ -166,7 +166,7 @@ class PromptFormat(ABC):
 
         Args:
             name: ``template`` or ``system``.
-            problem: in words.
+            problem: the problem in words.
         """
         return UserError(str(problem), option=name if self.place else f"data.{name}", place=self.place)
 
@@ -260,8 +260,8 @@ class PromptFormat(ABC):
         """The format of a record.
 
         Args:
-            record: whose values are texts.
-            place: of the record, for messages.
+            record: the record; its values are texts.
+            place: where it is, for messages.
 
         Raises:
             UserError: it is incomplete.
@@ -342,9 +342,9 @@ def from_record(record: Mapping[str, Any], folder: str | Path, file: str) -> Pro
     """The format by a `PromptFormat.record`; Llama 2's where it names none.
 
     Args:
-        record: what is recorded.
-        folder: where, for messages.
-        file: its name there.
+        record: the record of an adapter.
+        folder: its folder, for messages.
+        file: name of the file in it that holds the record.
 
     Raises:
         UserError: this version does not know it, or it was altered.

@@ -67,7 +67,8 @@ class Read(NamedTuple):
     """A list of messages, or a row, as a conversation.
 
     Args:
-        conversation: that one; None where nothing that can be learned is left of it, such as of an image's question.
+        conversation: the conversation; None if nothing that can be learned is left of it, such as of an image's
+            question.
         changed: how it differs from the messages or the row, in words.
         unused: the keys or columns that are not used, in words.
         taken_off: the special tokens that were taken off what is said.

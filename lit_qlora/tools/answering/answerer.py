@@ -34,12 +34,7 @@ if TYPE_CHECKING:
 
 
 class Answer(NamedTuple):
-    """An answer.
-
-    Args:
-        text: without the token or text that ended it.
-        stopped: True if the model ended it by itself; False if it was cut.
-    """
+    """An answer: its ``text`` without what ended it; ``stopped`` is True if the model ended it, False if it was cut."""
 
     text: str
     stopped: bool

@@ -15,7 +15,7 @@ def cut_note(sampling: Sampling, limit: str = "--max_new_tokens") -> str:
     """The notice for a cut answer.
 
     Args:
-        sampling: has the limit.
+        sampling: sampling options, with the limit of an answer.
         limit: what sets it, in words.
     """
     return f"(cut at {number_of(sampling.max_new_tokens, 'tokens')}; {limit} sets the limit)"

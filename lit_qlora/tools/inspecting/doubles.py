@@ -41,8 +41,8 @@ def find_doubles(train: Sequence[Conversation], held_out: Sequence[Conversation]
     """The held-out conversations with a double in training, each with the first one of the closest kind.
 
     Args:
-        train: what is learned.
-        held_out: what is scored.
+        train: conversations that are learned.
+        held_out: conversations that are scored.
 
     Returns:
         At most one for each held-out conversation, in their order.

@@ -28,12 +28,7 @@ PARTS = {"train": "training", "validation": "held out"}
 
 
 class Found(NamedTuple):
-    """A fault of a row.
-
-    Args:
-        where: the row's place, such as ``rows.jsonl:17``.
-        fault: what is wrong with it.
-    """
+    """A ``fault``, and ``where`` its row is, such as ``rows.jsonl:17``."""
 
     where: str
     fault: Fault

@@ -23,7 +23,7 @@ def inspection_page(seen: Look, accepted: Collection[str]) -> str:
     """The page as HTML.
 
     Args:
-        seen: what it shows.
+        seen: look at a fit's rows.
         accepted: kinds of faults that are meant to be so.
     """
     bins = words.bins(seen)

@@ -36,24 +36,14 @@ AROUND = 10
 
 
 class Fault(NamedTuple):
-    """A fault of a row.
-
-    Args:
-        kind: one of `KINDS`.
-        words: its place in the row, or its reason.
-    """
+    """A fault of a row: its ``kind``, one of `KINDS`, and ``words``, its place in the row or its reason."""
 
     kind: str
     words: str
 
 
 class Batched(NamedTuple):
-    """A row as it stands in a batch.
-
-    Args:
-        ids: of its T tokens, without padding.
-        learned: True for each of the T that the loss counts.
-    """
+    """A row as it stands in a batch: ``ids`` without padding; ``learned`` is True where the loss counts one."""
 
     ids: list[int]
     learned: list[bool]
@@ -89,8 +79,8 @@ class Judge:
         Args:
             written: its pieces, before any cut.
             came_back: its texts as `read_back` has them.
-            examples: what the encoder makes of them: several of a long text, none where nothing learned is left.
-            row: what batches hold of it; None where it is in none.
+            examples: the encoder's examples of them: several of a long text, none if nothing learned is left.
+            row: the row as batches hold it; None if it is in none.
         """
         yield from self._in_text(written, came_back)
         if not examples:

@@ -60,7 +60,7 @@ def inspection_lines(seen: Look, accepted: Collection[str], colour: bool = False
     """The lines of an inspection; the verdict is last.
 
     Args:
-        seen: what is to be shown.
+        seen: look at a fit's rows.
         accepted: kinds of faults that are meant to be so.
         colour: True to use escape sequences for colours.
         whole: True to show the middle of long stretches of a row, too.
@@ -120,7 +120,7 @@ def losses(part: Part, max_length: int) -> list[tuple[int, str]]:
     """What is dropped, cut, not used or changed in a part, each with its number of rows.
 
     Args:
-        part: what is learned, or what is held out.
+        part: rows that are learned, or held out.
         max_length: tokens of one row.
     """
     first, token = part.spelled[0] if part.spelled else ("", "")

@@ -136,7 +136,7 @@ def difference(folder: Path, wanted: Reference, device: torch.device) -> Differe
 
     Args:
         folder: the merged model.
-        wanted: what its logits are to be.
+        wanted: logits that it is to have.
         device: device to compute on.
 
     Returns:

@@ -43,7 +43,7 @@ def write_merged(target: Path, chosen: ResolvedAdapter, dtype: DType, onto: Onto
         target: the folder.
         chosen: the adapter, with its base and prompt format.
         dtype: of the weights that are written.
-        onto: which weights of the base the adapter is added to.
+        onto: weights of the base that the adapter is added to: ``quantized`` or ``original``.
 
     Raises:
         UserError: the merged model answers otherwise than base and adapter, or the folder can't be written.

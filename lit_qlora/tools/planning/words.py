@@ -22,7 +22,7 @@ class Plan(NamedTuple):
     """The contents of a report on a fit.
 
     Args:
-        base: to be trained.
+        base: base to train.
         forecast: of its memory and time.
         precision_reason: why the forecast's precision was chosen.
         download: bytes of the base still to download.
@@ -51,7 +51,7 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     """The lines that report a plan.
 
     Args:
-        plan: to be reported.
+        plan: contents of the report.
 
     Yields:
         Lines; the last is the verdict.

@@ -52,7 +52,7 @@ class Subject:
 
     Args:
         name: from the file's name, without MMLU's suffix.
-        questions: in the order of the file.
+        questions: the questions, in the order of the file.
         is_named: True if the file is named as MMLU's are, by the subject of its questions.
     """
 
@@ -65,7 +65,7 @@ def read_subjects(option: str, place: str) -> list[Subject]:
     """The questions of a .csv file, or of every one in a folder, by name.
 
     Args:
-        option: that names it, for messages.
+        option: option that names the file or folder, for messages.
         place: the file or folder.
 
     Raises:
@@ -116,7 +116,7 @@ def examples_for(subject: Subject, given: Sequence[Subject], shots: int) -> tupl
     """The first examples of a subject.
 
     Args:
-        subject: that of the questions.
+        subject: name of the questions' subject.
         given: examples by their subjects; those of a single file serve every subject.
         shots: how many.
 
@@ -168,7 +168,7 @@ class Prompts:
         Args:
             subject: of the question.
             question: the one to answer.
-            examples: that stand before it, each with its letter.
+            examples: answered questions in front of it, each with its letter.
 
         Raises:
             UserError: naming the question's place, when it can't be written.

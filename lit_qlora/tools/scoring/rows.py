@@ -123,7 +123,7 @@ class Scoring:
         """Score held-out rows.
 
         Args:
-            data: has set up ``part``.
+            data: DataModule that has set up ``part``.
             part: ``validate`` or ``test``.
 
         Returns:

@@ -151,7 +151,7 @@ def trainer(tmp_path):
 
 
 class Identity(Callback):
-    """In place of RunIdentity, whose records are of real bases."""
+    """A stand-in for RunIdentity, whose records are of real bases."""
 
     def on_save_checkpoint(self, trainer, pl_module, checkpoint):
         checkpoint["run"] = {}

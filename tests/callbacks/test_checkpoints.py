@@ -277,7 +277,7 @@ def test_a_resume_from_every_step_ends_the_same(full_run, tiny, rows, tmp_path, 
 
 @pytest.mark.parametrize("val_check_interval", [1.0, 5])
 def test_a_resume_with_another_validation_interval_learns_the_same(full_run, tiny, rows, tmp_path, val_check_interval):
-    """Also from the end of an epoch, saved after its validation."""
+    """The checkpoint may also be of the end of an epoch, saved after its validation."""
     options = {"save_every_steps": 1, "max_epochs": 2, "accumulate_grad_batches": 2}
     whole, module = full_run(tmp_path / "whole", **options, val_check_interval=val_check_interval), tiny()
     whole.trainer.fit(module, datamodule=rows(5))
@@ -329,6 +329,6 @@ def _lines(run):
 
 
 def _without_speed(run):
-    """Which differs from run to run."""
+    """The lines of metrics.jsonl without the speed, which differs from run to run."""
     lines = [*read_lines(run.metrics)]
     return [{name: value for name, value in line.items() if not name.startswith("speed/")} for line in lines]

@@ -71,7 +71,7 @@ def test_numbers_do_not_change_by_a_failed_save(full_run, tiny, rows, tmp_path, 
 
 
 def test_the_best_adapter_that_failed_is_saved_with_the_next(full_run, tiny, rows, tmp_path, capsys, failing):
-    """Its weights, not those that have moved on since; and these stay what they are."""
+    """The weights saved are those of the best step, not the later ones; and the trained weights stay as they are."""
     weights = {}
 
     class Breaks(tiny):

@@ -209,7 +209,7 @@ def test_it_must_be_at_least_one(count, expect_error):
 
 
 def test_the_loss_of_a_micro_batch_that_another_device_computes_is_not_looked_at():
-    """It would be known only after the backward that is still running here."""
+    """The loss is known only after the backward that is still running there."""
     guard, here = UpdateGuard(), SimpleNamespace(rows=(1,), is_here=True)
     guard.on_train_batch_start(None, None, here, 0)
     guard.on_before_backward(None, None, torch.tensor(1.0))

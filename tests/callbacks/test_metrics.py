@@ -14,7 +14,7 @@ def sums(loss, correct, answers):
 
 
 def stand_in(log_every=2, last=10):
-    """Of a Trainer, what TrainMetrics reads."""
+    """A stand-in for a Trainer, with what TrainMetrics reads."""
     lines = []
     logger = SimpleNamespace(log_metrics=lambda figures, step: lines.append((step, figures)))
     trainer = SimpleNamespace(

@@ -88,7 +88,7 @@ def test_the_line_of_a_validation_keeps_its_columns_apart(loss, perplexity, line
 
 @pytest.mark.parametrize(("rank", "resumed", "lines"), [(0, None, 2), (0, "step-4", 1), (1, None, 0)])
 def test_an_example_of_what_is_learned_is_shown_once(monkeypatch, tmp_path, capsys, rank, resumed, lines):
-    """By one process, and in one line where the run resumes."""
+    """One process shows it; where the run resumes, in one line."""
     from lit_qlora.data.datamodule import ChatDataModule
 
     monkeypatch.setattr(report, "foresee", lambda *_: None)

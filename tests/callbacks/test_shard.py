@@ -1,4 +1,5 @@
-"""Whether the base is shared where nothing is trained: by its weights and by what a micro-batch takes beside them."""
+"""The decision to share the base where nothing is trained: by its weights and by what a micro-batch takes beside
+them."""
 
 from types import SimpleNamespace
 from typing import Any

@@ -30,7 +30,7 @@ def lines():
 
 @pytest.fixture
 def fake(lines):
-    """Of a Trainer, what Throughput reads; records every second step."""
+    """A stand-in for a Trainer, with what Throughput reads; records every second step."""
     logger = SimpleNamespace(log_metrics=lambda figures, step: lines.append((step, figures)))
     return SimpleNamespace(
         global_step=0,
@@ -100,7 +100,7 @@ def test_validations_and_saves_are_not_counted(fake, clock, lines, pause, steps)
 
 
 def test_what_other_devices_compute_is_counted(fake, clock, lines):
-    """Of four micro-batches two are another device's, and take this one no time."""
+    """Two of four micro-batches are another device's, and take no time on this one."""
     speed = Throughput()
     speed.on_train_start(fake, None)
     for seconds, steps in ((1.0, False), (0.0, True), (1.0, False), (0.0, True)):

@@ -185,7 +185,7 @@ def test_workers_hand_out_the_same_batches_and_states():
 
 
 def _same_epoch(start, state):
-    """Whether the batch before ``state`` is of the epoch that ``start`` stands in."""
+    """True if the batch before ``state`` is of the epoch in which ``start`` stands."""
     return (state["epoch"], state["batches"]) <= (start["epoch"] + 1, 0)
 
 
@@ -234,7 +234,7 @@ def _begin_workers(there):
 
 
 def _lives(pid):
-    """Whether it runs; one that nobody has waited for yet doesn't."""
+    """True if the process ``pid`` runs; one that has ended and was not waited for yet doesn't."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:

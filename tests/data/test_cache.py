@@ -41,7 +41,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def no_encoding(monkeypatch):
-    """From its call on, nothing may be encoded any more."""
+    """A function after whose call any encoding fails."""
 
     def refuse():
         def fail(*_):

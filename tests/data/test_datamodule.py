@@ -1,4 +1,4 @@
-"""From a source to loaders: what is held out, how many steps there are, and what the terminal shows."""
+"""The way from a source to loaders: what is held out, how many steps there are, and what the terminal shows."""
 
 import json
 import math
@@ -376,7 +376,7 @@ def test_what_a_limit_leaves_out_is_reported(limit, expected):
 
 
 def _device(rank):
-    """Of a Trainer on three devices, what the DataModule reads."""
+    """A stand-in for a Trainer on three devices, with what the DataModule reads."""
     return SimpleNamespace(
         accumulate_grad_batches=3,
         global_rank=rank,
@@ -471,7 +471,8 @@ def test_all_options_reach_the_encoder_and_the_plan():
 
 
 def test_long_texts_that_are_divided_resume_from_every_place(monkeypatch, tmp_path):
-    """In another process's module: from the cache that the first one left, and from the file where there is none."""
+    """The module of another process resumes, from the cache that the first one left, or from the file where there is
+    none."""
     import datasets
 
     texts = [" ".join(f"{word}{number}" for number in range(4 + 9 * row)) for row, word in enumerate("abcdef")]

@@ -323,7 +323,7 @@ def test_ids_that_a_base_does_not_know_are_refused(tmp_path, expect_error):
 
 
 def test_a_special_token_beyond_the_vocabulary_is_accepted_unless_a_template_writes_it(tmp_path):
-    """As in copies of Llama 2, whose 32,000 embeddings have a pad of id 32,000 beside them."""
+    """Copies of Llama 2 with 32,000 embeddings have a pad of id 32,000 beside them."""
     tokenizer = with_more_tokens(tmp_path, special=True)
     Encoder(tokenizer, 64).check_vocabulary(1024, "base")
     with pytest.raises(UserError, match=r"has ids up to 1,023, and its.* a vocab_size of 1,023"):

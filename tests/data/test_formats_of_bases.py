@@ -58,7 +58,7 @@ def formats(tokenizer) -> dict[str, str]:
 
 
 def test_each_format_has_the_ids_and_the_text_of_apply_chat_template(base, tokenizer):
-    """And in training the same prompt, then the answer and its end, which alone are learned."""
+    """Training has the same prompt, then the answer and its end, which alone are learned."""
     is_byte_level = tokenizer.convert_tokens_to_ids("▁") in (None, tokenizer.unk_token_id)
     for source in formats(tokenizer).values():
         encoder = Encoder(tokenizer, 4096, prompt_format=make_format(source))
@@ -199,7 +199,7 @@ def test_a_base_without_a_template_is_refused_with_what_to_take():
 
 
 def test_a_template_with_a_clock_takes_its_own_date_in_training_and_where_it_is_published(tmp_path):
-    """As Llama 3.2's: other programs would write today's into each prompt."""
+    """Other programs would write today's date into each prompt, as with Llama 3.2's template."""
     source = (
         "{{ bos_token }}{% if strftime_now is defined %}{% set date = strftime_now('%d %b %Y') %}{% else %}"
         "{% set date = '26 Jul 2024' %}{% endif %}{{ 'Today: ' + date + '\n' }}"

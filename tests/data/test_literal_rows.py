@@ -124,7 +124,7 @@ IDS = {
         [601, 327, 326, 272, 353, 2],
     ],
 }  # fmt: skip
-"""Of each row, ids that are ignored and ids that are learned, by turns."""
+"""Ids that are ignored and ids that are learned, by turns, for each row."""
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -146,7 +146,7 @@ def test_ids_and_labels_are_these(name, tmp_path):
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("around", ["{}", '{{"data": {}}}'])
 def test_a_list_of_rows_is_not_one_conversation(name, count, around, tmp_path):
-    """As alpaca_data.json is written: a pair that stands in a list by itself is a row."""
+    """A list of one pair is a row, as alpaca_data.json is written."""
     path = tmp_path / "rows.json"
     path.write_text(around.format(json.dumps([ROWS[name]] * count)))
     found = load_records(str(path), reading=Reading(strict=True)).conversations

@@ -178,7 +178,7 @@ def test_others_ask_in_the_ids_of_training_where_thoughts_are_closed_or_a_day_is
 
 @pytest.mark.parametrize("kind", ["qwen", "llama 3"])
 def test_an_answer_after_closed_thoughts_begins_at_a_token_whatever_the_vocabulary(encoder_of, kind):
-    """Else earlier answers would be other ids where the whole is encoded as one text."""
+    """Otherwise earlier answers would have other ids where the whole conversation is encoded as one text."""
     split = encoder_of(kind).tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("</think>\n\nIt is")
     assert [word for word, _ in split] == ["</", "think", ">ĊĊ", "It", "Ġis"]
 

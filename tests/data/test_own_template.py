@@ -188,7 +188,7 @@ def test_a_merged_model_s_template_gives_the_ids_of_training(tokenizer, tmp_path
 
 
 def test_a_turn_that_opens_a_stretch_keeps_a_space_of_its_own(tokenizer, tmp_path):
-    """Where a template puts a turn right after a special token."""
+    """The template puts a turn right after a special token."""
     (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
     source = "{{ bos_token }}{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
     encoder = Encoder(tokenizer, 512, prompt_format=make_format(source))

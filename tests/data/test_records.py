@@ -398,7 +398,7 @@ def test_a_marker_of_the_human_at_the_end_asks_nothing():
 
 
 def test_how_rows_were_changed_is_counted():
-    """Of rows that are left out for want of an answer, too."""
+    """Rows that are left out for want of an answer are counted, too."""
     user, assistant = ROWS["messages"]["messages"]
     call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
     rows = [{"messages": chat} for chat in ([user, user, assistant], [user, user, assistant, user], [user, call])]

@@ -288,7 +288,7 @@ def test_a_common_slip_in_json_is_named(text, remedy):
 
 
 def first_fault(name: str) -> str:
-    """Of the file, or of a row."""
+    """The first fault of a file or of a row in it."""
     try:
         rows = read_rows(Path(name), COLUMNS)
     except UserError as error:

@@ -162,7 +162,7 @@ def test_a_tokenizer_model_alone_will_do(real, tmp_path):
 
 
 def test_a_tokenizer_model_with_empty_special_tokens_is_reported(real, tmp_path):
-    """As the first conversions of Llama came: the library fails before there is a tokenizer to look at."""
+    """The first conversions of Llama have them: the library fails before there is a tokenizer to look at."""
     (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
     (tmp_path / "tokenizer.model").write_bytes((real / "llama2-tokenizer" / "tokenizer.model").read_bytes())
     config = {"tokenizer_class": "LLaMATokenizer", "add_bos_token": True, **EMPTY}
@@ -225,7 +225,7 @@ EMPTY = {"bos_token": "", "eos_token": "", "unk_token": ""}
 @pytest.mark.parametrize("empty", [EMPTY, *({name: ""} for name in EMPTY)], ids=["all", *EMPTY])
 @pytest.mark.parametrize("source", ["tokenizer_config.json", "special_tokens_map.json"])
 def test_empty_special_tokens_are_reported(demo_files, empty, source):
-    """As the first conversions of Llama had them; the library looks for the unknown token's id without an end."""
+    """The first conversions of Llama have them: the library looks for the unknown token's id without end."""
     folder = demo_files(**empty if source == "tokenizer_config.json" else {})
     if source != "tokenizer_config.json":
         rules = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))

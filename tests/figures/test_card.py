@@ -65,7 +65,7 @@ def test_the_card_of_a_llama_2_adapter():
 
 @pytest.mark.parametrize("system", [None, 'Be "brief" ü and\nkind.'])
 def test_its_lines_of_python_ask_as_in_training(system, tmp_path, capsys):
-    """In other programs, by the files of the adapter's folder, which also say where answers stop."""
+    """Other programs ask so with the files of the adapter's folder, which also say where answers stop."""
     encoder = Encoder(load_tokenizer("demo"), 512, prompt_format=make_format(system=system))
     write_tokenizer(tmp_path, encoder, 512)
     expected = encoder.prompt(Conversation((Turn("user", "Your question"),)))
@@ -180,7 +180,7 @@ def test_a_folder_that_looks_like_a_hub_id_is_a_path(tmp_path, monkeypatch):
 
 
 def test_a_run_s_card(tmp_path, monkeypatch, draws):
-    """From rows and a base that lie somewhere private; the figures are the run's own."""
+    """Rows and base lie in private places; the figures are the run's own."""
     monkeypatch.setenv("HF_TOKEN", "hf_averysecrettoken")
     private = tmp_path / "private"
     base = private / "my-llama"

@@ -27,7 +27,7 @@ def written(record, *lines):
 
 
 def through_json(state):
-    """As `storage.state` has it, in which keys stay numbers."""
+    """A state through JSON, as `storage.state` writes it: keys stay numbers."""
 
     def numbered(found):
         return {int(key) if key.isdigit() else key: value for key, value in found.items()}

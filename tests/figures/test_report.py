@@ -309,7 +309,7 @@ return [...[...document.querySelectorAll('svg text')].map(text => [style(text, '
 
 
 def contrast(one, other):
-    """Of two colours, as the guidelines for accessible pages count it."""
+    """The contrast of two colours, as the guidelines for accessible pages define it."""
 
     def light(colour):
         parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]

@@ -134,7 +134,7 @@ def test_the_best_validation_is_the_one_whose_adapter_is_kept(tmp_path, last):
 
 
 def test_hyper_parameters_stand_beside_the_result(tmp_path):
-    """As the page HPARAMS has them, asked of TensorBoard itself."""
+    """TensorBoard itself is asked for its page HPARAMS."""
     for name, rank, loss in (("one", 4, 1.5), ("two", 8, 1.25)):
         (tmp_path / name).mkdir()
         record = Record(RunFolder(tmp_path / name), Board(tmp_path / name, "a: 1", SETTINGS | {"model.rank": rank}))
@@ -179,7 +179,7 @@ def test_a_run_that_was_never_saved_starts_its_curves_anew(tmp_path):
 
 
 def test_a_page_that_is_open_meanwhile_drops_what_it_had(tmp_path):
-    """It has read the earlier file by then, and continues with the next one by name."""
+    """TensorBoard has read the earlier file by then, and continues with the next one by name."""
     log(start(tmp_path), (0, 8.0), (5, 8.0))
     (earlier,) = files_of(tmp_path)
     page = EventAccumulator(str(tmp_path / "training")).Reload()
@@ -191,7 +191,7 @@ def test_a_page_that_is_open_meanwhile_drops_what_it_had(tmp_path):
 
 
 def test_a_step_that_is_validated_twice_shows_what_came_last(tmp_path):
-    """As the files have it: in the middle of a long window, a validation falls on the step of the one before."""
+    """A validation in the middle of a long window falls on the step of the one before."""
     record = start(tmp_path)
     log(record, (0, 8.0), (0, "first"), (0, 1.0), (0, "second"), (1, 0.5))
     record.save()

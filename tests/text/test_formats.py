@@ -220,7 +220,7 @@ def test_a_base_with_a_template_of_its_own_is_named_where_llama_2_s_format_is_ta
 
 
 def test_a_template_that_refuses_what_could_forge_is_taken():
-    """As those are that come out of here: a merged model is a base, too."""
+    """Templates written by this project refuse so: a merged model is a base, too."""
     for system in (None, "S"):
         for published in (make_format(None, system), make_format(CHATML, system)):
             own = published.of(SpecialTokens())

@@ -246,7 +246,7 @@ def test_a_template_that_would_train_something_else_is_refused(source, message):
 
 
 def test_a_template_that_looks_at_what_is_said_is_refused_where_it_matters():
-    """As those that take an earlier answer's thoughts out: such a conversation, and no other."""
+    """A template may take thoughts out of an earlier answer: such a conversation is refused, and no other."""
     source = SOURCES["chatml"].replace("message['content']", "message['content'].split('</think>')[-1]")
     one = template(source)
     one.check()

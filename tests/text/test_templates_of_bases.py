@@ -199,7 +199,7 @@ def template_of(shape: Shape) -> Template:
 
 
 def written(template: Template, conversation: Conversation) -> str:
-    """With « and » around what is learned, as `Encoder` decides it."""
+    """The text of a conversation, with « and » around what is learned, as `Encoder` decides it."""
     last = len(conversation.turns) // 2 if template.learns_last_only(conversation) else 1
     text, answers, was_answer = "", 0, False
     for piece in [*template.pieces(conversation), None]:
@@ -296,7 +296,7 @@ SMOLLM3 = SHAPES["smollm3: a date, a mode, thoughts before each answer, none if 
 
 
 def test_a_date_that_is_always_today_s_is_one_day_for_all():
-    """As in SmolLM3's: what was learned would be asked otherwise on another day."""
+    """SmolLM3's template writes the date: what was learned would be asked otherwise on another day."""
     template = template_of(SMOLLM3)
     assert "always 01 January 2026" in " ".join(template.notes())
     published = template.chat_template()

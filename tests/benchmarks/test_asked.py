@@ -66,7 +66,7 @@ def test_mistakes_are_one_line(monkeypatch, capsys, tmp_path, command, error):
     ("given", "seen"), [({}, "0"), ({"CUDA_VISIBLE_DEVICES": "3,1"}, "3"), ({"LOCAL_RANK": "1"}, None)]
 )
 def test_one_process_under_limits_has_one_gpu(monkeypatch, given, seen):
-    """With several, fit would start the others itself, without the limits."""
+    """Asked for several GPUs, fit would start the other processes itself, without the limits."""
     import as_t4
 
     for name in ("CUDA_VISIBLE_DEVICES", "LOCAL_RANK"):

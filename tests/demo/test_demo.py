@@ -127,7 +127,7 @@ def test_the_weights_match_the_config_and_suit_four_bits(tokenizer):
 
 
 def cosines(head):
-    """Of each row of an output head with the nearest other one."""
+    """The cosine of each row of an output head with the row most like it."""
     unit = torch.nn.functional.normalize(head.float())
     return (unit @ unit.T).fill_diagonal_(-1).amax(1)
 

@@ -13,7 +13,7 @@ from typing import Any
 from lit_qlora.cli import main, prepare_memory
 
 PASSES = 6
-"""Of a micro-batch through all layers, each of another length."""
+"""Number of passes of a micro-batch through all layers, each of another length."""
 OVERFLOWS_IN = 3
 """The optimizer step in which one process's gradient overflows."""
 

@@ -75,7 +75,7 @@ def _fork(rank: int, count: int, do: Callable[[], Any], folder: Path, joins: boo
 
 
 ROUNDING = 1e-5
-"""Of a figure, relative: gradients are summed in another order."""
+"""Largest relative difference of a figure: gradients are summed in another order."""
 OPTIONS = [
     *("fit", "--trainer.accelerator", "cpu", "--samples.count", "0", "--trainer.log_every_n_steps", "1"),
     *("--trainer.accumulate_grad_batches", "4", "--data.batch_size", "3", "--model.dropout", "0.05"),

@@ -1,7 +1,5 @@
-"""On GPUs: replicas with NCCL, a shared base, layers from the host's memory. Each run has processes of its own.
-
-All runs begin together, before the first test; a test waits for those that it compares.
-"""
+"""Runs on GPUs: replicas with NCCL, a shared base, layers from the host's memory. Each run has processes of its own.
+All runs begin together, before the first test; a test waits for those that it compares."""
 
 import json
 import os
@@ -37,7 +35,7 @@ DROPOUT = [*FP32, "--model.dropout", "0.05", "--model.cuda_graphs", "false"]
 RECORDED = [*FP32, "--model.cuda_graphs", "true"]
 SHARED = ["--model.shard", "true"]
 SAME_BITS = ["--trainer.deterministic", "true", "--model.checkpointing", "full"]
-"""As a shared base's layers do, recompute all activations; and sum in one order."""
+"""Options that recompute all activations, as a shared base's layers do, and sum in one order."""
 ON_HOST = [*SHARED, "--model.shard_to", "host"]
 WIDE = "wide"
 """Stands for a base of layers so large that copies of them take as long as a short micro-batch."""
@@ -63,7 +61,7 @@ RUNS: dict[str, tuple[int, str, str | None, list[str]]] = {
 
 
 class Processes:
-    """Those of a run, one for each GPU; what they print is kept."""
+    """The processes of a run, one per GPU; what they print is kept."""
 
     def __init__(self, folder: Path, count: int, args: list[str]) -> None:
         folder.mkdir()

@@ -121,7 +121,7 @@ def test_what_is_for_one_process_and_srun_started_several_times_is_said_once(
 
 
 def test_half_a_launcher_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """By hand, or what a shell inside of a job inherited."""
+    """The variables were set by hand, or inherited by a shell inside of a job."""
     from lit_qlora.cli import main
 
     places = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}

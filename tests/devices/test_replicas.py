@@ -205,7 +205,7 @@ def test_a_disk_that_is_full_once_stops_nothing(capfd: pytest.CaptureFixture[str
 
 @pytest.mark.slow
 def test_a_best_adapter_that_a_checkpoint_brings_is_written_by_the_first_alone() -> None:
-    """It could not be written before: another process would put it in the place of a later and better one."""
+    """Written before, it would replace a later and better one of another process."""
 
     def prepare() -> None:
         checkpoints.write_folder = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))  # type: ignore[attr-defined]

@@ -149,7 +149,7 @@ def test_a_launchers_word_that_can_t_be_is_named(
 def test_a_rank_alone_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: str, rank: str
 ) -> None:
-    """Of several processes that a launcher started so, each would train by itself."""
+    """Each of several processes that a launcher started so would train by itself."""
     monkeypatch.setenv("RANK", rank)
     assert main([verb]) == 2
     err = capsys.readouterr().err
@@ -209,7 +209,7 @@ def test_the_first_process_alone_is_heard() -> None:
 
 
 def test_none_imports_from_the_current_folder() -> None:
-    """Which may be a run's that was downloaded, with modules of its own beside."""
+    """The current folder may be a downloaded run's, with modules of its own."""
     assert ended(started("print('' in sys.path, os.getcwd() in sys.path)"))[1] == "False False\n"
 
 
@@ -293,7 +293,7 @@ take_place(); print('ready', flush=True); time.sleep(60)
 
 
 def test_none_outlives_torchruns_agent() -> None:
-    """By a stand-in for it, which is killed, and so ends nothing itself."""
+    """A stand-in for the agent is killed, and so ends nothing itself."""
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {READY!r}])"
     places = os.environ | TORCHRUN | {"TORCHELASTIC_RUN_ID": "none"}
     process = subprocess.Popen([sys.executable, "-c", code], env=places, stdout=subprocess.PIPE, text=True)
@@ -368,7 +368,7 @@ def test_one_that_is_stopped_before_all_have_met_stops_the_others(rank: int, han
 def test_a_command_that_cannot_be_is_refused_before_any_is_started(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: str, words: list[str]
 ) -> None:
-    """And before PyTorch is imported, which takes as many times as long for as many processes."""
+    """The refusal comes before PyTorch is imported, which takes as many times as long for as many processes."""
     monkeypatch.setattr(starting, "run_several", lambda *_: pytest.fail("started"))
     with pytest.raises(UserError) as refused:
         check_first("fit", ["--trainer.accelerator", "cpu", *options.split()])
@@ -394,7 +394,7 @@ def test_a_command_that_cannot_be_is_refused_before_any_is_started(
 def test_gpus_that_are_not_there_are_refused_before_any_process_is_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str, devices: str, num_gpus: int, problem: str, remedy: str
 ) -> None:
-    """For a run's own settings, too, as for one from a larger machine."""
+    """A run's own settings are refused, too, which may be of a larger machine."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(asked, "has_driver", lambda: True)
     monkeypatch.setattr(asked, "most_gpus", lambda: num_gpus)

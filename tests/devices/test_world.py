@@ -67,7 +67,7 @@ def test_a_script_that_was_started_as_several_is_refused(
 def test_a_part_of_a_launchers_word_makes_no_process_one_of_several(
     monkeypatch: pytest.MonkeyPatch, left: list[str]
 ) -> None:
-    """As a cluster leaves it, or Lightning's own launcher, in a script."""
+    """A cluster, or Lightning's own launcher in a script, leaves such variables."""
     for name in left:
         monkeypatch.setenv(name, "2")
     assert world.world() == world.World()
@@ -199,7 +199,7 @@ def test_a_process_that_is_lost_while_the_others_connect_is_noticed() -> None:
 
 @pytest.mark.parametrize("waits", [lambda: highest(1), lambda: gathered("x"), lambda: from_first("x")])
 def test_one_that_waits_for_another_hears_a_signal(waits: Callable[[], Any], tmp_path: Path) -> None:
-    """As after a download of the first; nothing of torch's waits lets one through."""
+    """The others wait so for a download of the first; torch's own waits let no signal through."""
     heard = tmp_path / "heard"
 
     def do() -> int:

@@ -108,7 +108,7 @@ def test_rows_are_cut_last_and_as_little_as_will_do():
 
 
 def test_a_70b_on_a_t4_comes_from_the_hosts_memory():
-    """Its weights alone take more than twice the card."""
+    """The base's weights alone take more than twice the card."""
     options, after = smallest_change(seven("70b"))
     assert options.endswith("--model.shard true --model.shard_to host")
     assert after.step.shares_on_host and after.fits()

@@ -30,7 +30,7 @@ SEVEN = Shape.of(LLAMA_2_SIZES["7b"])
 
 
 def forecast(tokens=4096, **changed):
-    """Of a run whose largest micro-batch is one row of ``tokens``."""
+    """A forecast of a run whose largest micro-batch is one row of ``tokens``."""
     lora = Lora(16, 16, changed.pop("dropout", 0.0), changed.pop("targets", "all-linear"), False, False)
     made = foresee.Forecast(
         shape=SEVEN, card=DEFAULT, rows=foresee.Rows((tokens,), 0.5), lora=lora, precision="16-mixed",
@@ -350,7 +350,7 @@ def test_a_shared_base_comes_once_for_micro_batches_that_go_together():
 
 
 def test_small_micro_batches_of_a_step_go_together_on_a_t4():
-    """Where dequantisation is a large part of a micro-batch's time, and their activations have the room."""
+    """Dequantisation is a large part of a short micro-batch's time, and several have room for their activations."""
     short = step(tokens=256, checkpointing="auto", accumulate=8)
     assert 2 <= short.together <= 8 and short.kept_layers == 32
     assert step(tokens=256, checkpointing="auto", accumulate=2).together == 2

@@ -103,7 +103,7 @@ def peak_bytes(run):
 
 
 def have_gradients(model):
-    """As from the first step on: they stay."""
+    """Give the adapter its gradients, which stay from the first step on."""
     for parameter in adapter_parameters(model).values():
         parameter.grad = torch.zeros_like(parameter)
 
@@ -301,7 +301,7 @@ def test_7b_by_hand():
 
 
 def test_a_shared_base_by_hand():
-    """Of 80 layers of a 70B, 441 MB each, a half or nothing is on the card, and two layers whole."""
+    """Half of a 70B's 80 layers of 441 MB, or none, is on the card, and two layers whole."""
     seventy = Shape.of(LLAMA_2_SIZES["70b"])
     layer = seventy.layer_bytes
     weights = 8192 * (2 * 8192 + 2 * 1024 + 3 * 28672)
@@ -335,7 +335,7 @@ def test_a_total_is_the_sum_of_its_parts():
 
 
 def test_recorded_kernels_share_no_memory_with_the_rest():
-    """On an H100 under a T4's limits, 16 of 32 layers kept: 10.73 GiB allocated, 12.26 to 12.60 reserved."""
+    """Measured on an H100 under a T4's limits, 16 of 32 layers kept: 10.73 GiB allocated, 12.26 to 12.60 reserved."""
     step = seven(tokens=4096, scored_tokens=3522, kept_layers=16, workspace=memory.HOPPER_WORKSPACE)
     plain, recorded = memory.step_memory(step), memory.step_memory(replace(step, num_recordings=20))
     assert recorded.total / GIB == pytest.approx(10.73, rel=0.05)

@@ -226,7 +226,7 @@ def test_another_config_is_another_base(tmp_path, one, changes):
 
 @pytest.mark.parametrize("name", ["llama with biases", "qwen3"])
 def test_recorded_kernels_give_what_the_layers_give(monkeypatch, make_model, base_like, name):
-    """On a CPU a recording runs its code again."""
+    """A recording runs its code again on a CPU."""
     monkeypatch.setattr(graphs, "_record", Rerun)
     model = make_model(base=base_like(name))
     run = Graphs(extract_layers(model), 1, model.get_base_model().model.rotary_emb)
@@ -309,7 +309,7 @@ def test_an_adapter_made_elsewhere_is_used_as_peft_uses_it(make_model, load, bas
 
 @pytest.mark.parametrize("name", ["qwen2.5", "qwen3", "mistral v0.1"])
 def test_a_base_saved_in_4_bits_is_the_same_base(load, base_like, tmp_path, name):
-    """As others publish them: biases and norms in 16 bits beside the packed weights."""
+    """Others publish biases and norms in 16 bits beside the packed weights."""
     base, ids = base_like(name), torch.randint(3, 512, (2, 12))
     model = load(base=base)
     model.save_pretrained(str(tmp_path))
@@ -341,7 +341,7 @@ def test_a_merge_is_base_and_adapter_in_plain_transformers(make_model, base_like
 
 @pytest.mark.parametrize("name", ["mistral v0.1", "qwen2.5", "qwen3"])
 def test_answers_are_those_of_plain_transformers(make_model, base_like, name):
-    """With a cache, from a prompt that is padded beside a longer one."""
+    """Answers come with a cache, from a prompt that is padded beside a longer one."""
     model = make_model(base=base_like(name)).eval()
     prompts = [torch.randint(3, 512, (length,)).tolist() for length in (5, 9)]
     found = generate(model, prompts, [2], Sampling(max_new_tokens=6))

@@ -32,7 +32,7 @@ def heads_of(groups, width, tokens, dtype=torch.float32, device="cpu", rows=2, k
 
 
 def reference(query, key, value, lengths=()):
-    """By the formula, in fp32: output, and the gradients of query, key and value."""
+    """Output, and the gradients of query, key and value, by the formula in fp32."""
     heads = [part.detach().float().requires_grad_() for part in (query, key, value)]
     query, key, value = heads
     groups = query.shape[1] // key.shape[1]
@@ -78,7 +78,7 @@ def test_what_a_gpu_without_flash_runs_is_the_same_and_in_reach_of_its_kernel(ca
 
 
 def test_what_no_backward_follows_is_let_go():
-    """Without a garbage collection, which knows nothing of a card's memory: a validation would fill it."""
+    """No garbage collection is needed, which knows nothing of a card's memory: a validation would fill it."""
     gc.disable()
     try:
         attended = attention._attend_on_gpu(*heads_of(3, 64, 37), ALONE)
@@ -153,7 +153,7 @@ def test_on_a_cpu_transformers_layers_are_its_own_to_the_last_bit(load, tmp_path
 @pytest.mark.parametrize(("groups", "width", "tokens"), SIZES)
 @pytest.mark.parametrize("masked", [False, True])
 def test_transformers_attention_on_a_gpu_without_flash(calls, groups, width, tokens, masked):
-    """As they come there: training, the first pass over a prompt, and one token after a cache."""
+    """Shapes are those that come: training, the first pass over a prompt, and one token after a cache."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     query, key, value = (part.detach() for part in heads_of(groups, width, 37))

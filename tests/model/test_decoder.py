@@ -69,7 +69,7 @@ def in_fp64(model):
     {"rslora": True, "alpha": 3.0}, {"rank": 1},
 ])  # fmt: skip
 def test_outputs_and_gradients_are_those_of_transformers_and_peft(make_model, lora):
-    """Which round, too: gradients are held against fp64 on the same 4-bit weights, and ours are no further from it."""
+    """Both round: gradients are compared with fp64 on the same 4-bit weights, and ours are no further from it."""
     exact, model = in_fp64(make_model(**lora)), make_model(**lora)
     errors = {plain: 0.0, ours: 0.0}
     for seed in INPUTS:
@@ -163,7 +163,7 @@ def test_a_kept_layer_multiplies_nothing_twice(make_model, monkeypatch):
 
 @pytest.mark.parametrize("kept_layers", [0, 2])
 def test_the_activation_is_computed_once_in_backward(make_model, kept_layers):
-    """Its result, which LoRA's gradient needs, comes with its gradients."""
+    """The activation's result, which LoRA's gradient needs, comes with its gradients."""
     calls = []
     point = EAGER._replace(
         swiglu=lambda *args: calls.append("forward") or EAGER.swiglu(*args),
@@ -307,7 +307,7 @@ def test_packed_equals_separate(make_model, tiny, dora):
 
 
 def test_packed_conversations_would_see_each_other_without_their_bounds(make_model):
-    """That the test above can fail: one long conversation of the same tokens is another thing."""
+    """The test above can fail: one long conversation of the same tokens gives something else."""
     model, ids = make_model(), torch.randint(3, 512, (1, sum(LENGTHS)))
     inner = model.get_base_model().model
     hidden = inner.embed_tokens(ids)

@@ -28,7 +28,7 @@ A100 = Device("NVIDIA A100-SXM4-40GB", (8, 0))
 
 @pytest.fixture(autouse=True)
 def _torch_counts_emulation(monkeypatch):
-    """As torch does on a T4 since 2.4."""
+    """Have torch count emulated bf16 as supported, as it does on a T4 since 2.4."""
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
 
 

@@ -159,7 +159,7 @@ def test_other_weights_are_another_base(tiny, tiny_folder, tmp_path, change):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_all_of_a_base_in_another_float_type_is_the_same(tiny_folder, tmp_path, dtype):
-    """Of values that were bf16 once, as Llama 2's, fp16 holds all but the smallest."""
+    """Values that were bf16 once, as Llama 2's, are all held by fp16 but for the smallest."""
     folder = copy(tiny_folder, tmp_path / "copy")
 
     def once(tensors):

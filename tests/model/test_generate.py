@@ -71,10 +71,7 @@ def caches(model, monkeypatch):
 
 @pytest.mark.parametrize(("limit", "cache"), [(14, 21), (10, 17), (15, "growing")])
 def test_each_of_a_batch_is_answered_as_if_alone(model, caches, limit, cache):
-    """Whether keys and values grow or not: they don't up to three times the longest prompt, of 7.
-
-    A shorter cache follows a longer one.
-    """
+    """The cache grows, or, up to three times the longest prompt (7), does not; a shorter one follows a longer one."""
     together = generate(model, PROMPTS, [NEVER], Sampling(limit))
     alone = [generate(model, [prompt], [NEVER], Sampling(limit))[0] for prompt in PROMPTS]
     assert together == alone
@@ -131,7 +128,7 @@ def test_greedy_draws_nothing(model):
 
 
 def drawn_by_hand(model, prompt, sampling, num_tokens):
-    """As transformers' own processors would have it, one after the other, token by token."""
+    """Answers drawn by transformers' own processors, one after the other, token by token."""
     processors = LogitsProcessorList(
         [RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)] if sampling.repetition_penalty != 1 else []
     )
@@ -172,7 +169,7 @@ def test_what_is_drawn_is_by_transformers_own_processors(model, options):
 
 @pytest.mark.parametrize("options", DRAWN[1:], ids=map(str, DRAWN[1:]))
 def test_each_option_changes_what_is_drawn(model, options):
-    """With one of three seeds, tried until it does."""
+    """One of three seeds is enough, tried until it does."""
     plain = {"temperature": options["temperature"]} if "temperature" in options else {}
 
     def differ(seed):
@@ -183,7 +180,7 @@ def test_each_option_changes_what_is_drawn(model, options):
 
 
 def test_a_penalty_looks_at_a_prompt_s_own_tokens_alone(model):
-    """And not at the padding before it, so that an answer is the same in any batch."""
+    """Padding before the prompt does not count, so that an answer is the same in any batch."""
     sampling = Sampling(10, repetition_penalty=1000.0)
     alone = [generate(model, [prompt], [NEVER], sampling)[0] for prompt in PROMPTS]
     assert generate(model, PROMPTS, [NEVER], sampling) == alone

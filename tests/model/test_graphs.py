@@ -86,7 +86,7 @@ def test_replayed_layers_give_what_the_layers_give(replayed, tokens, exact):
 
 
 def test_layers_whose_lora_differs_or_is_none(monkeypatch, make_model):
-    """As in adapters made elsewhere: no LoRA in the first layer, and ranks and scalings of its own in each module."""
+    """Adapters made elsewhere are so: no LoRA in the first layer, and in each module a rank and scaling of its own."""
     monkeypatch.setattr(graphs, "_record", Rerun)
     model = make_model(
         layers_to_transform=[1], rank_pattern={"q_proj": 1, "down_proj": 8}, alpha_pattern={"v_proj": 32, "up_proj": 1}

@@ -79,10 +79,8 @@ def _fail_late(module):
 
 
 def learn(module, *batches, factor=1.0):
-    """In Lightning's order: gradients are zeroed between a step's first forward and its backward.
-
-    ``factor`` is what a subclass multiplies the loss by.
-    """
+    """Learn in Lightning's order: gradients are zeroed between a step's first forward and its backward. ``factor``
+    is what a subclass multiplies the loss by."""
     losses, optimizer = [], torch.optim.SGD(adapter_parameters(module).values())
     for value in adapter_parameters(module).values():
         value.grad = torch.ones_like(value)  # of the step before
@@ -160,7 +158,7 @@ def test_a_gradient_scaler_has_its_say_in_parts_too(built, monkeypatch, in_backw
 
 @pytest.mark.parametrize("in_backward", [False, True])
 def test_a_subclass_has_its_say_in_parts_too(built, in_backward):
-    """Its factor on the loss; and a loss of its own in that one's place, of which no gradient of ours is a part."""
+    """The subclass multiplies the loss; another replaces it by one that none of our gradients are a part of."""
     _, gradients = learn(built(99)[0], PADDED, PADDED)
     module, _ = built(2, in_backward)
     _, tripled = learn(module, PADDED, PADDED, factor=3.0)
@@ -191,7 +189,7 @@ class Keeps(torch.autograd.Function):
 
 @pytest.mark.parametrize("in_backward", [False, True])
 def test_nothing_of_the_failed_try_is_kept_for_the_next(built, monkeypatch, in_backward):
-    """Though the loss is in others' hands: Lightning has it, and the trial."""
+    """The loss is held by others, too: by Lightning, and by the warm-up step."""
     module, _ = built(2, in_backward)
     KEPT.clear()
     limited, alive = module.summed_loss, []
@@ -234,7 +232,7 @@ def test_recordings_give_way_first_and_are_gone_by_then(built, monkeypatch):
 
 
 def test_halves_are_never_recorded(built, monkeypatch):
-    """Though a second fit of a module that learns in halves asks for recordings again."""
+    """A second fit of a module that learns in halves asks for recordings again."""
     monkeypatch.setattr(graphs, "_record", lambda run, pool: type("Rerun", (), {"replay": torch.enable_grad()(run)}))
     _, gradients = learn(built(99)[0], PADDED, PADDED)
     module, _ = built(99)
@@ -249,7 +247,7 @@ SHARED = [collate(EXAMPLES[:2], 31), collate(EXAMPLES, 31), collate(EXAMPLES[1:3
 
 
 def test_devices_record_each_others_lengths_at_the_same_time(built, monkeypatch):
-    """So none waits while another records; and each micro-batch's gradients come from where it is computed."""
+    """None waits while another records; each micro-batch's gradients come from where it is computed."""
     monkeypatch.setattr(graphs, "padded", lambda rows, tokens: tokens)
     monkeypatch.setattr(graphs, "_record", lambda run, pool: type("Rerun", (), {"replay": torch.enable_grad()(run)}))
     recorded, computed = [], []
@@ -372,7 +370,7 @@ def test_micro_batches_learned_together_change_no_bit(in_an_epoch, accumulate, m
 @pytest.mark.parametrize("memory", [{}, {"kept_layers": 0}, {"kept_layers": 2, "hosted_layers": 2}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_on_a_gpu_micro_batches_learned_together_give_the_same(in_an_epoch, dtype, memory):
-    """But for the order in which kernels add up over tokens, which is not fixed."""
+    """Equal but for the order in which kernels sum over tokens, which is not fixed."""
     _, expected = in_an_epoch(1, 3, on_gpu=dtype)
     _, found = in_an_epoch(3, 3, on_gpu=dtype, **memory)
     assert len(found) == len(expected) == 4

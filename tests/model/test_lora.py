@@ -263,7 +263,7 @@ def test_without_a_chat_template_the_llama_2_format_is_assumed(foreign, text):
 
 
 def test_a_weight_that_is_no_lora_is_refused(foreign, expect_error):
-    """As peft saves embeddings with tokens added to them."""
+    """Such a weight is how peft saves embeddings with tokens added to them."""
     stored = load_file(foreign / "adapter_model.safetensors")
     save_file(stored | {"base_model.model.lm_head.weight": torch.ones(515, 64)}, foreign / "adapter_model.safetensors")
     expect_error(

@@ -180,7 +180,7 @@ def assert_same(found, expected):
 @pytest.mark.filterwarnings("ignore:.*fan_in_fan_out:UserWarning")
 @pytest.mark.parametrize("changes", COMPUTED, ids=named)
 def test_loss_and_gradients_are_plain_pefts(made, load, tiny, tmp_path, changes):
-    """Also of the adapter as saved and loaded again."""
+    """The same holds for the adapter as saved and loaded again."""
     plain, folder = made(changes)
     expected = by_peft(plain)
     model = load_adapter(load(), tiny, folder, trainable=True)
@@ -365,7 +365,7 @@ def test_what_is_no_pattern_is_refused(tmp_path, name):
 
 
 def test_a_pattern_is_matched_without_code_of_the_current_folder(tmp_path, monkeypatch):
-    """Which is the adapter's own where a command is given there."""
+    """The current folder is the adapter's own if a command is given there."""
     for name in ("json", "re"):
         (tmp_path / f"{name}.py").write_text(f"open('ran', 'w')\nraise SystemExit('{name} of a stranger')")
     monkeypatch.chdir(tmp_path)

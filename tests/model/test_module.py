@@ -26,14 +26,14 @@ from lit_qlora.model.optimizer import num_applied
 
 @pytest.fixture(autouse=True, scope="module")
 def _quiet_loggers():
-    """As the command line does; the warnings are in conftest.py."""
+    """Quieten the loggers as the command line does; the warnings are in conftest.py."""
     for name, level in quiet.LOGGERS.items():
         logging.getLogger(name).setLevel(level)
 
 
 @pytest.fixture
 def module(tiny, make_model):
-    """With its model put in, as configure_model would."""
+    """A module with its model put in, as configure_model would do."""
 
     def build(**options):
         module = QLoRAModule(tiny.location, rank=4, alpha=8.0, **options)

@@ -97,7 +97,7 @@ def test_a_host_without_the_room_is_refused_before_a_weight_is_loaded(here, fits
 
 
 def gradients(model: Any, layers: Any, kept: int, hosted: int, together: int) -> dict[str, torch.Tensor]:
-    """Those of LoRA after four micro-batches."""
+    """The gradients of LoRA after four micro-batches."""
     weights, decoder = [*adapter_parameters(model).values()], model.get_base_model().model
     model.zero_grad()
     lengths = [5, 9, 7, 6]
@@ -137,7 +137,7 @@ def test_layers_that_come_serve_all_that_is_done_with_them(tiny, load, monkeypat
 
 
 def test_a_layer_whose_bytes_do_not_divide(tiny):
-    """Of a 3 x 256 times 3 boundary: the last share is filled up."""
+    """Shares are multiples of 256 bytes, and the last one is filled up."""
     layer = shards.Shards(CPU, True)
     part = shards.TensorPart(
         torch.uint8, (1000, 1), lambda first, count: torch.arange(1000).to(torch.uint8)[first : first + count]
@@ -167,7 +167,7 @@ def storages(model: Any) -> dict[int, int]:
 
 
 def packed() -> Iterator[torch.UntypedStorage]:
-    """Of all tensors of bytes that anyone holds, the storage, but for small ones."""
+    """The storage of all byte tensors that anyone holds, but for small ones."""
     gc.collect()
     for one in gc.get_objects():
         if type(one) is torch.Tensor and one.dtype == torch.uint8 and one.numel() > 2000:
@@ -175,7 +175,7 @@ def packed() -> Iterator[torch.UntypedStorage]:
 
 
 def test_no_whole_weight_remains(tmp_path, monkeypatch):
-    """Of eight layers, two buffers and the shares: nothing else that is as large as a weight is held by anyone."""
+    """Two buffers and the shares of eight layers are all: nothing else as large as a weight is held by anyone."""
     base = find_base(str(save_base(tmp_path / "base", "llama 2", num_hidden_layers=8)))
     others = [*packed()]  # of tests before this one, kept here so that no place in memory is used again
     with as_processes(2, monkeypatch, base, False) as models:

@@ -1,4 +1,4 @@
-"""Which files are a base's weights, and whether they are those of its config.json; one answer for all who ask."""
+"""The files that are a base's weights, and the check that they are those of its config.json; one answer for all."""
 
 import json
 import shutil
@@ -64,7 +64,7 @@ def refused(folder):
 
 
 def test_the_one_file_goes_before_an_index_for_everyone(folder, tiny, other_tiny):
-    """As transformers has it: what is trained is what the fingerprint is of, and what a merge adds to."""
+    """The rule is transformers' own: training, fingerprint and merge use the same file."""
     add_shards(folder, of=other_tiny)
     base = find_base(str(folder))
     assert [file.name for file in weight_files(base)] == [ONE_FILE]

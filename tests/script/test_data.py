@@ -229,7 +229,7 @@ class Wrapped(LightningDataModule):
 
 
 def test_loaders_alone_say_which_prompts_they_hold(here):
-    """As the Trainer's own loaders, and from a DataModule of one's own."""
+    """The Trainer's own loaders say so, and those from a DataModule of one's own."""
     wrapped = Wrapped()
     wrapped.setup("fit")
     alone = {"train_dataloaders": wrapped.train_dataloader(), "val_dataloaders": wrapped.val_dataloader()}
@@ -270,7 +270,7 @@ def test_an_adapter_says_what_the_data_said_of_prompts(here):
 
 
 def test_an_adapter_that_a_script_saves_brings_its_tokenizer(here):
-    """And its chat template: other programs make the prompts of training with the folder alone."""
+    """The tokenizer brings its chat template: other programs make the prompts of training with the folder alone."""
     model, rows = module(), data()
     trainer().fit(model, rows)
     model.save_adapter("mine")

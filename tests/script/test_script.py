@@ -59,7 +59,7 @@ def curve(folder, name):
 
 
 def test_the_examples_losses_are_those_of_the_command_line(train, here):
-    """Over accumulated micro-batches, to the last bit; and the run's TensorBoard has each figure once."""
+    """They are equal to the last bit over accumulated micro-batches; and the run's TensorBoard has each figure once."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     done = train(here / "mine", accumulate_grad_batches=2, enable_progress_bar=False, **HOW_MANY)
@@ -105,7 +105,7 @@ def test_the_train_loss_between_two_records_is_of_all_since_the_last(here):
 
 
 def test_a_callback_finds_the_loss_of_the_step_that_has_just_ended(here):
-    """And so a `ModelCheckpoint` saves the step that its figure is of."""
+    """A `ModelCheckpoint` therefore saves the step that its figure is of."""
     losses = []
 
     class See(Callback):
@@ -155,7 +155,7 @@ def test_a_validation_returns_its_figures_and_a_test_does():
 
 
 def test_a_validation_before_or_one_that_was_interrupted_is_no_part_of_the_next():
-    """As in a notebook, cell by cell: a fit ended in a traceback, and the figure after it was twice the loss."""
+    """A fit in a notebook may end in a traceback: the figure after it was once twice the loss."""
 
     class Interrupt(Callback):
         def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):

@@ -18,7 +18,7 @@ KILLED, REPORTED = 9, 3
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """In memory where that can be: nothing here hangs on the disk's speed."""
+    """A folder in memory where there is one: nothing here depends on the disk's speed."""
     memory = Path("/dev/shm")
     path = Path(tempfile.mkdtemp(dir=memory if os.access(memory, os.W_OK) else None))
     yield path

@@ -56,7 +56,7 @@ def test_each_verb_that_writes_asks(here, capsys, args, expected):
 
 
 def test_what_is_written_is_no_file_elsewhere(here):
-    """In a folder that was unpacked from somebody's archive, the temporary name may be a link."""
+    """The temporary name may be a link in a folder that was unpacked from somebody's archive."""
     Path("folder/.report.html.tmp").symlink_to(here / "file")
     write_file(Path("folder/report.html"), "text")
     assert (Path("folder/report.html").read_text(), Path("file").read_text()) == ("text", "")

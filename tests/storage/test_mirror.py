@@ -23,7 +23,7 @@ CONFIG = {"model": {"rank": 8}, "save_every_steps": 5}
 
 
 def save(run, step, metrics=None, adapter=True):
-    """As a run does at a step: figures, adapter, checkpoint."""
+    """Save a step as a run does: figures, adapter, checkpoint."""
 
     def write(name):
         return lambda folder: (folder / name).write_text(f"{name} of {step}", encoding="utf-8")
@@ -382,7 +382,7 @@ def test_what_was_just_copied_and_the_last_whole_one_stay_whatever_is_damaged(ma
 
 
 def test_a_damaged_copy_stays_while_only_one_is_known_to_be_whole(machine, drive):
-    """It may be the disk that reads it wrongly this once, and one alone is no reserve."""
+    """The disk may read the other wrongly this once, and a single copy is no reserve."""
     run, mirror, reports = machine(opened=False)
     mirror.open(CONFIG)
     save(run, 5)

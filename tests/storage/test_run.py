@@ -1,4 +1,4 @@
-"""Where the parts of a run lie, which checkpoint is the newest whole one, and which settings changed."""
+"""The layout of a run folder, the choice of its newest whole checkpoint, and its configs."""
 
 import errno
 import json
@@ -209,7 +209,8 @@ def test_a_file_in_the_way_is_reported(tmp_path, expect_error):
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "others.jsonl", ".lock", "held-out"])
 def test_files_that_would_be_written_elsewhere_are_refused(run, tmp_path, name):
-    """As in a folder that was unpacked from somebody's archive: a start cuts figures, and empties the lock's file."""
+    """A folder unpacked from somebody's archive may hold such links: a start cuts figures, and empties the lock's
+    file."""
     file = run.path / name
     run.checkpoint(1).mkdir(parents=True)
     file.unlink(missing_ok=True)
@@ -269,7 +270,7 @@ def test_a_start_that_failed_removes_nothing_of_anybody_elses(tmp_path):
 
 @pytest.mark.parametrize("number", range(8))
 def test_a_disk_that_is_full_at_the_start_keeps_nothing(tmp_path, monkeypatch, number):
-    """Of what a start makes, the first ``number`` still find room."""
+    """The first ``number`` files that a start makes still find room."""
     made = []
 
     def limited(name, real):
@@ -423,7 +424,7 @@ def test_a_short_name_is_guessed_too(tmp_path, there, given):
     "name", ["mine/", "./mine", "Mine", "runs/mine/adapter", "runs/mine/checkpoints/step-00000001"]
 )
 def test_what_is_no_run_is_answered_with_the_run_that_is_meant(tmp_path, monkeypatch, expect_error, name):
-    """As a shell completes it, in another case, and as a folder of it."""
+    """The name may be as a shell completes it, in another case, or of a folder in the run."""
     monkeypatch.chdir(tmp_path)
     Path("runs/mine").mkdir(parents=True)
     Path("runs/mine/config.yaml").touch()

@@ -20,7 +20,7 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="session")
 def environment() -> dict[str, str]:
-    """Of a process that runs main.py of this checkout."""
+    """The environment of a process that runs main.py of this checkout."""
     return os.environ | {"PYTHONPATH": str(ROOT)}
 
 

@@ -27,7 +27,7 @@ class Repository:
     commits: list[str] = field(default_factory=lambda: ["0" * 40])
 
     def oid(self, name: str) -> str | None:
-        """As the hub gives it: of a large file the sha256, else git's own."""
+        """The id of a file's content as the hub gives it: a large file's sha256, else git's own."""
         if name not in self.files:
             return None
         content = self.files[name]
@@ -43,7 +43,7 @@ class FakeHub:
         self.repositories: dict[str, Repository] = {}
         self.large: dict[str, bytes] = {}
         self.requests: list[tuple[str, str, str | None]] = []
-        """Of each: hub or store, method and path, and the Authorization that came along."""
+        """Hub or store, method and path, and the Authorization header of each request."""
         self.role = "write"
         self.fails: dict[str, int] = {}
         """Status to answer with, by a part of method and path."""

@@ -266,7 +266,7 @@ def test_no_character_breaks_and_no_space_is_lost(encoder, text):
 @settings(deadline=None, max_examples=150)
 @given(data=st.data())
 def test_what_is_shown_is_what_is_kept(encoder, data):
-    """For any ids: bytes that make no character, special tokens in the midst, spaces alone."""
+    """The ids may be any: bytes that make no character, special tokens in the midst, spaces alone."""
     odd = [encoder.bos_id, encoder.eos_id, 0, 13]
     token = st.integers(3, 258) | st.integers(259, len(encoder.tokenizer) - 1) | st.sampled_from(odd)
     ids = data.draw(st.lists(token, max_size=25))
@@ -494,7 +494,7 @@ def test_a_saved_conversation_is_what_fit_reads(talk, answerer, tmp_path):
 
 
 def test_compare_asks_both(answerer, monkeypatch, capsys):
-    """With the real model: the adapter's answer, the base's, and the adapter is back after it."""
+    """The real model gives the adapter's answer, then the base's, and the adapter is back after it."""
     lines = iter(["/compare", SILAS, "/compare", "/compare Where is Ada?", "/quit"])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     monkeypatch.setattr(terminal, "get_terminal_size", lambda: os.terminal_size((120, 24)))

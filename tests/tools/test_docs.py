@@ -29,7 +29,7 @@ ABOUT_THE_CODE = ("log.md", "files.md", "options.md")
 """Pages that name what was, or what is inside."""
 
 FEW = ["--trainer.max_steps", "2", "--trainer.limit_val_batches", "1", "--samples.count", "0"]
-"""Of a fit that says of neither how long it is."""
+"""Options that shorten a fit which says nothing of its length."""
 
 
 class Block(NamedTuple):

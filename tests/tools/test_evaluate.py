@@ -210,7 +210,7 @@ def test_letters_are_scored_as_by_the_plain_model(here, evaluate, answerer, styl
 
 
 def test_four_logits_a_question_in_fp32_whatever_the_precision(trained):
-    """In bf16, one in some hundred of near letters would come out equal, and the first of them be taken."""
+    """One in some hundred of near letters would come out equal in bf16, and the first of them be taken."""
     scoring = Scoring(choose_adapter(str(trained)), "bf16-mixed", None)
     first, second = (scoring.choices([[1, 5, 9]] * 3 + [[1, 7]], [10, 11, 12, 13], 6) for _ in range(2))
     for side in (0, 1):  # the base is still the base once the adapter has computed

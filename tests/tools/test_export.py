@@ -123,7 +123,7 @@ def test_a_model_in_4_bits(llama_cpp, merged, tmp_path, capsys):
 
 
 def test_a_model_with_other_weights_beside_its_own(llama_cpp, merged, tmp_path, capsys):
-    """Which llama.cpp would take for parts of it."""
+    """llama.cpp would take those for parts of the model."""
     (merged / "model-00002-of-00002.safetensors").touch()
     error = refusal(capsys, "--model", merged, "--output", tmp_path / "x.gguf")
     assert "llama.cpp would read them too: move model-00002-of-00002.safetensors away" in error

@@ -147,7 +147,7 @@ def test_each_of_many_faults_is_named_with_its_row_and_why(inspect):
 
 
 def test_what_fit_says_of_format_and_rows_is_said_here_too(inspect):
-    """Of a base with a template of its own; and of files and options that are not used, on the page, too."""
+    """The base has a template of its own; files and options that are not used are named on the page, too."""
     Path("many").mkdir()
     for name in ("train", "validation", "more"):
         write(f"many/{name}.jsonl", *(talk(f"{name} {number}?", "Yes.") for number in range(12)))
@@ -197,7 +197,7 @@ def base_with(tmp_path: Path, change) -> str:
 
 
 def test_a_token_that_text_makes_is_named(inspect, monkeypatch):
-    """With an encoder that takes a special token's spelling for the token, as tokenizers do unless they are asked."""
+    """The encoder here takes a special token's spelling for the token, as tokenizers do unless they are asked."""
     monkeypatch.setattr(
         Encoder, "_encode", lambda self, texts: self.tokenizer(texts, add_special_tokens=False).input_ids
     )

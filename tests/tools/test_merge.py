@@ -76,7 +76,7 @@ def test_a_terminal_sees_how_far_it_is(run, tmp_path, monkeypatch):
 
 
 def plain_base_and_adapter(base: Path, adapter: Path):
-    """As anyone would load them, without this project."""
+    """Load base and adapter as anyone would, without this project."""
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
@@ -180,7 +180,7 @@ def test_what_is_in_the_folder(merged, run):
 
 
 HUB = ("load_and_register_attn_kernel", "get_kernel", "kernelize", "register_kernel_replacements_and_fusions")
-"""Where transformers fetches and loads a kernel."""
+"""Functions by which transformers fetches and loads a kernel."""
 
 
 @pytest.fixture
@@ -307,7 +307,7 @@ def test_a_wrong_merge_is_not_kept(run, tmp_path, capsys, monkeypatch):
 
 
 def copy_adapter(run: Path, folder: Path) -> Path:
-    """Without its manifest, so that a test may alter it."""
+    """Copy an adapter without its manifest, so that a test may alter it."""
     folder.mkdir()
     for name in ("adapter_config.json", "lit_qlora.json", "adapter_model.safetensors"):
         (folder / name).write_bytes((run / "adapter" / name).read_bytes())
@@ -316,7 +316,7 @@ def copy_adapter(run: Path, folder: Path) -> Path:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_the_base_is_rounded_as_it_was_in_training(run, tmp_path, dtype):
-    """On a GPU the base is in 16 bits before it goes to 4; which 16, the adapter's record says."""
+    """The base is in 16 bits on a GPU before it goes to 4; which 16, the adapter's record says."""
     adapter = copy_adapter(run, tmp_path / "adapter")
     record = json.loads((adapter / "lit_qlora.json").read_text())
     assert record["base_dtype"] == "float32"

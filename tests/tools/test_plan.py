@@ -236,7 +236,7 @@ def test_what_never_fits(plan):
 
 
 def test_cards_that_share_a_base(plan):
-    """By themselves, where a whole one does not fit; the host's memory where it was asked for."""
+    """Cards share a base that does not fit whole; the host's memory is used only where it was asked for."""
     base = ("--config", T4, "--model.base", "meta-llama/Llama-2-70b-chat-hf", "--model.rank", "8",
             "--data.max_length", "512", "--data.batch_size", "1")  # fmt: skip
     two = ("--gpu", "4090", "--trainer.devices", "2", "--trainer.accumulate_grad_batches", "2", "--samples.count", "0")

@@ -61,7 +61,7 @@ def adapter(tmp_path) -> Path:
 
 @pytest.fixture
 def environment(hub, tmp_path) -> dict[str, str]:
-    """Of a user who is logged in, and whose only hub is the stand-in."""
+    """The environment of a user who is logged in, and whose only hub is the stand-in."""
     own = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     home = {"HOME": str(tmp_path / "home"), "HF_HOME": str(tmp_path / "home" / "hf")}
     return own | home | {
@@ -84,7 +84,7 @@ def client(environment, monkeypatch):
 
 
 def run(environment, *options, stdin=subprocess.DEVNULL):
-    """In a process of its own, as a user does."""
+    """Run push in a process of its own, as a user does."""
     command = [sys.executable, str(ROOT / "main.py"), "push", *map(str, options)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, stdin=stdin)
     assert TOKEN not in done.stdout + done.stderr
@@ -125,7 +125,7 @@ def only_read(hub) -> bool:
 
 
 def test_an_adapter(hub, environment, adapter, tmp_path):
-    """It is private, to the last byte the one that is here, and the token went to the hub alone."""
+    """The repository is private and holds the very bytes that are here, and the token went to the hub alone."""
     done = run(environment, "--adapter", adapter, "--to", "ann/mine", "--yes")
     assert (done.returncode, done.stderr) == (0, "")
     assert (

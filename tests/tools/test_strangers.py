@@ -31,7 +31,7 @@ VERBS = {
     "push --folder": ["push", "--folder", "theirs", "--to", "me/model", "--yes"],
 }
 OF_A_RUN = [verb for verb in VERBS if verb not in ("export --model", "push", "push --folder")]
-"""Those that read a run or an adapter of it; push sends the files, and reads the manifest alone."""
+"""Verbs that read a run or an adapter of it; push sends the files, and reads the manifest alone."""
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_a_merged_folder_from_a_stranger(
 def test_a_merged_folder_whose_prompts_are_not_known(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, content: str
 ) -> None:
-    """Its weights are converted all the same."""
+    """The folder's weights are converted all the same."""
     shutil.copytree(demo.BASE, "theirs")
     Path("theirs/lit_qlora.json").write_text(content)
     monkeypatch.setattr(export, "_convert", lambda *_: None)

@@ -32,7 +32,7 @@ KINDS = {"kill": -1, "ENOSPC": errno.ENOSPC, "EIO": errno.EIO}
 
 
 def arm(at: int, kind: int) -> None:
-    """From here on, the call number ``at`` fails."""
+    """Have call number ``at`` from here on fail."""
     LIBC.faults_arm(ctypes.c_long(at), kind)
 
 

@@ -263,7 +263,7 @@ class Tab:
             field.send_keys("\ue009a\ue000" + f"{value}" + "\ue004" if value != "" else "\ue009a\ue000\ue017\ue004")
 
     def click(self, selector):
-        """In one go, for the page may make its buttons anew at any moment."""
+        """Find and click at once, for the page may make its buttons anew at any moment."""
         script = "const e = [...document.querySelectorAll(arguments[0])].find(e => !e.disabled); e?.click(); return !!e"
         self.driver.switch_to.window(self.handle)
         until(lambda: self.driver.execute_script(script, selector))
@@ -472,7 +472,7 @@ def test_what_is_written_never_becomes_a_part_of_the_page(tab, page, monkeypatch
 
 
 def test_nothing_was_fetched_from_elsewhere(driver, page):
-    """Of all that the tests above made the browser do; the first test of a module that runs alone sees its own."""
+    """No request of all tests above left the machine; the first test of a module that runs alone sees its own."""
     tab = Tab(driver, page.address)
     messages = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
     urls = {m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"}

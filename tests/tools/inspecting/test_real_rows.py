@@ -110,7 +110,7 @@ def test_padding_is_what_was_measured(cap, most, inspect):
 
 
 def test_all_answer_tokens_are_learned_where_nothing_is_cut(inspect, counted):
-    """Of a base whose context is long enough for all."""
+    """The base's context is long enough for all."""
     text = inspect(GUANACO_1K, "--accept", "unread,end,nothing", cap=4096, status=0)
     kept = [
         pair

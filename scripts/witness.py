@@ -1,7 +1,7 @@
 """Owns what a run shows of itself while it trains, and what of it must be the same however often it was cut.
 
-``--trainer.callbacks scripts.witness.Witness`` has the real command write one line a micro-batch, update, validation
-and phase into a file beside its run folder. Knows nothing of kills.
+``--trainer.callbacks scripts.witness.Witness`` has the real command write one line per micro-batch, update,
+validation and phase into a file beside its run folder. Knows nothing of kills.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ NOT_COMPARED = re.compile(r"\.(seconds|training_s|at_s)$|metrics_line.*(speed/to
 
 
 def testimony_file(run: Path) -> Path:
-    """Where the witness of ``run`` writes: beside the folder, in which it has no business."""
+    """The file of the witness of ``run``, beside the folder."""
     return run.with_name(f"{run.name}.witness.jsonl")
 
 

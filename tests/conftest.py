@@ -118,7 +118,7 @@ def _make_parsers_once(patched: pytest.MonkeyPatch) -> None:
 
 
 def _read_the_demo_once(patched: pytest.MonkeyPatch) -> None:
-    """Its 932 rows are a seventh of a small fit."""
+    """Read the demo's 932 rows once: reading takes a seventh of a small fit."""
     from lit_qlora import demo
     from lit_qlora.data import held_out
 

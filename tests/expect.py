@@ -26,7 +26,7 @@ def check_line(printed: str, *words: object, begins: str = "") -> None:
 
 
 def check_first(verb: str, args: Sequence[str]) -> int:
-    """As the command line does with the options ``args``, before anything heavy is imported."""
+    """Check the options ``args`` as the command line does before anything heavy is imported."""
     from lit_qlora import precheck  # with jsonargparse, which not every test wants in its process
     from lit_qlora.command import complete
 

@@ -21,7 +21,7 @@ WIDTHS: dict[str, Any] = {
     "attention_dropout": 0.0,  # of which some architectures have more by default; our layers have none
     "tie_word_embeddings": False,
 }
-"""Of every base here, and of the tiny Llama."""
+"""Widths of every base here, and of the tiny Llama."""
 ROPE_LLAMA_3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 5e5,
     "original_max_position_embeddings": 64,

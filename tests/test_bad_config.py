@@ -547,8 +547,8 @@ CASES: list[tuple[str, list[str], str | bytes | None, str | None, str | None, li
     ("run of two lines", ["--run", "a\nb"], None, None, "run", ["folder, named in one line", "got 'a\\nb'"]),
     ("run null", ["--run", "null"], None, None, "run", ["null is none: leave it out", "got 'null'"]),
 ]
-"""Its name, the command line after ``fit --run run``, a config file of one's own; and of what is said the place, the
-option, and words that matter."""
+"""Each case: its name, the command line after ``fit --run run``, a config file of one's own; and of the error
+message the place, the option and words that matter."""
 
 
 @pytest.mark.parametrize(
@@ -733,7 +733,7 @@ def test_a_value_that_a_config_file_cannot_hold(
 
 @pytest.mark.parametrize("part", ["train", "val", "test"])
 def test_a_limit_says_int_before_float(part: str) -> None:
-    """As Lightning's Optional[Union[int, float]] needn't: typing hands out an equal union that was made before."""
+    """Lightning's Optional[Union[int, float]] need not: typing returns an equal union that was made before."""
     limit = inspect.signature(QLoRATrainer).parameters[f"limit_{part}_batches"]
     assert str(limit.annotation) == "int | float | None"
 

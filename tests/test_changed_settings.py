@@ -424,7 +424,7 @@ def test_early_stopping_may_come_and_go(here: Path, capsys: pytest.CaptureFixtur
 def test_a_base_that_is_refused_late_leaves_lines_and_adapter_as_they_were(
     here: Path, capsys: pytest.CaptureFixture[str], args: list[str]
 ) -> None:
-    """Its weights are compared once they are loaded, when the rest of the checkpoint is read already."""
+    """The base's weights are compared once they are loaded, when the rest of the checkpoint is read already."""
     Path("whole.jsonl").replace("run/metrics.jsonl")
     config = json.loads(Path("base/config.json").read_text())
     Path("base/config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))

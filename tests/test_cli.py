@@ -44,7 +44,7 @@ def test_an_old_python_can_read_the_file_that_says_so() -> None:
 def test_a_printed_config_is_nothing_but_a_config(
     option: str, is_printed: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """As it goes into a file: the word on imports stands elsewhere."""
+    """The word on imports goes elsewhere, since a printed config goes into a file."""
     streams = list[object]()
     monkeypatch.setattr(cli, "say_imports", streams.append)
     monkeypatch.setattr(cli, "import_module", lambda _: SimpleNamespace(main=lambda _: 0))

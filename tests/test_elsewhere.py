@@ -173,7 +173,7 @@ ANY = (
     "access_token config_file debug dry_run dryrun force hf_token instruction_template log_level plot_loss pretrained "
     "quiet response_template threads token use_auth_token v verbose version yes"
 )
-"""Of no program in particular, and of any."""
+"""Names of no program in particular, and of any."""
 
 
 @pytest.mark.parametrize("names", [TRL, AXOLOTL, LLAMA_FACTORY, LITGPT, ANY])

@@ -41,9 +41,9 @@ SAME = ["--trainer.max_steps", str(STEPS), "--trainer.log_every_n_steps", "1", "
 
 
 LOSS_ROUNDING = 1e-5
-"""Of a loss in fp32 that was summed up in another order, relative; 1.2e-6 is the most that any kernels here show."""
+"""Relative bound of an fp32 loss summed in another order; 1.2e-6 is the most that any kernels here show."""
 GRADIENT_ROUNDING = 1e-4
-"""Likewise of a tensor's gradient, relative to its norm: parts of it cancel; 2e-7 is usual, and 5.4e-6 the most."""
+"""Bound of a tensor's gradient, relative to its norm: parts of it cancel; 2e-7 is usual, and 5.4e-6 the most."""
 
 
 @dataclass
@@ -207,7 +207,7 @@ def test_halved_after_running_out_of_memory_equals_not_halved(
 def test_memory_that_runs_out_in_backward_loses_no_gradient_of_the_step(
     start: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], uses_cuda_graphs: bool, at: int
 ) -> None:
-    """At the first or the second micro-batch of an optimizer step; a recording stands for itself on the CPU."""
+    """Memory runs out at the first or second micro-batch of a step; a recording stands for itself on the CPU."""
     accumulated = ("--trainer.accumulate_grad_batches", "2")
     expected = whole(*accumulated)
     monkeypatch.setattr(graphs, "_record", lambda run, pool: SimpleNamespace(replay=torch.enable_grad()(run)))

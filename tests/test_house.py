@@ -24,7 +24,7 @@ MODULES = sorted((ROOT / "lit_qlora").rglob("*.py"))
 SCRIPTS = sorted(path for room in ("scripts", "benchmarks", "examples") for path in (ROOT / room).rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
 WRAPPED = ROOT / "tests" / "test_console.py"
-"""Where lines break, which takes whole ones to see."""
+"""The test of where lines break, which takes whole ones to see."""
 FLOORS = {
     "__version__": -1, "place": -1, "secrecy": -1,  # even an error may name the command, and show no secret
     "wording": -1, "columns": -1, "metrics": -1,
@@ -209,7 +209,7 @@ def test_there_is_one_road_to_a_forecast(path: Path) -> None:
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_json_has_one_reader(path: Path) -> None:
-    """Which knows what json.loads makes of 200,000 brackets; what a library wrote a moment ago needs none."""
+    """The reader knows what json.loads makes of 200,000 brackets; what a library wrote a moment ago needs none."""
     if path.name == "files.py" and path.parent.name == "storage":
         return
     tree = ast.parse(path.read_text())
@@ -221,7 +221,7 @@ def test_json_has_one_reader(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted({*TESTS} - {WRAPPED}), ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_test_freezes_the_sentence_of_an_error(path: Path) -> None:
-    """Its fields and the words that matter are compared (tests/expect.py): a sentence can be improved without them."""
+    """The fields and the words that matter are compared (tests/expect.py): a sentence can be improved without them."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Eq):
             sides = [part for side in (node.left, *node.comparators) for part in getattr(side, "elts", [side])]
@@ -270,7 +270,7 @@ def _command(name: str, page: str = "README.md") -> str:
 
 @pytest.mark.slow(first=True)
 def test_the_readmes_commands_as_they_stand_and_their_numbers(tmp_path: Path) -> None:
-    """From the clone on, which is of this checkout, in the environment that they install."""
+    """The commands run from the clone on, which is of this checkout, in the environment that they install."""
     assert _command("demo").splitlines()[0] == "python main.py fit"
     setup = re.sub(r"https://github\S+", f"{ROOT} lit-qlora", _command("setup"))
     script = f"{setup}\nexec 2> '{tmp_path}/errors'\n{_command('demo')}"
@@ -322,7 +322,9 @@ FRAGMENTS = {
 """Words that begin the rest of a sentence whose subject is elsewhere."""
 
 
-@pytest.mark.parametrize("path", [*MODULES, *SCRIPTS], ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", [*MODULES, *SCRIPTS, *sorted((ROOT / "tests").rglob("*.py"))], ids=lambda path: str(path.relative_to(ROOT))
+)
 def test_a_docstring_is_complete_in_itself(path: Path) -> None:
     """A module's, a class's, a function's or a value's: a noun phrase, an imperative or a sentence."""
     for node in ast.walk(ast.parse(path.read_text())):
@@ -340,7 +342,7 @@ def _listed(words: str) -> set[str]:
 
 @pytest.mark.parametrize("path", [*MODULES, *SCRIPTS], ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_public_class_says_what_its_arguments_are(path: Path) -> None:
-    """Those of its own constructor, and others only where it passes on what it does not name."""
+    """All arguments of its own constructor are named; others only where it passes on what it does not name."""
     for node in ast.parse(path.read_text()).body:
         if not isinstance(node, ast.ClassDef) or node.name.startswith("_"):
             continue

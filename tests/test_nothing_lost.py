@@ -453,7 +453,7 @@ def test_a_second_process_leaves_alone_what_the_first_is_writing(run: Path) -> N
 
 
 def test_no_code_is_taken_from_a_run_folder(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its figures and its rest are, for the run may be one's own."""
+    """All else in the run's config is taken, for the run may be one's own."""
     (run / "payload.py").write_text("raise AssertionError('it ran')\n")
     config = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(f"trainer.callbacks: [{{class_path: run.payload.X}}]\n{config}")
@@ -465,7 +465,7 @@ def test_no_code_is_taken_from_a_run_folder(run: Path, capsys: pytest.CaptureFix
 
 
 def test_a_validation_of_no_batch_is_refused(run: Path, expect_error: ExpectError) -> None:
-    """As it would be of a run without validations."""
+    """A run without validations has this setting."""
     name = "trainer.limit_val_batches"
     expect_error(["validate", "--run", "./run", f"--{name}", "0"], "1.0 for all", "got 0", option=name)
 
@@ -688,7 +688,7 @@ def test_a_best_adapter_that_is_damaged_with_its_copy_comes_from_the_mirror(
 def test_an_older_adapter_in_the_mirror_is_not_taken_for_the_best_of_a_finished_run(
     run: Path, mirrored: Path, expect_error: ExpectError
 ) -> None:
-    """As a drive has it that was full at the end."""
+    """A drive that was full at the end has an older one."""
     reseal(mirrored / "adapter", lambda new: (new / "result.json").write_text('{"step": 2, "val/loss": 9.0}'))
     for folder in ("adapter", "adapter.copy"):
         shutil.rmtree(run / folder)

@@ -182,7 +182,7 @@ def test_it_is_run_as_a_module(here: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("editable", [False, True], ids=["pip install .", "pip install -e ."])
 def test_installed_it_works_from_anywhere(tmp_path: Path, here: Path, editable: bool) -> None:
-    """In a fresh virtual environment, which sees this one's packages after its own, and nothing of the checkout."""
+    """The virtual environment is fresh; it sees this one's packages after its own, and nothing of the checkout."""
     subprocess.run(["git", "clone", "-q", str(ROOT), "source"], check=True)
     subprocess.run([sys.executable, "-m", "venv", "fresh"], check=True)
     fresh = here / "fresh" / "bin"

@@ -42,16 +42,16 @@ USED = {
     ("data/splits.py", "_data_files"): "a key of the state.json that datasets.save_to_disk writes",
     ("text/jinja.py", "_compile_jinja_template"): "a template as a tokenizer reads it, block by block",
 }
-"""By file of lit_qlora and name."""
+"""Reasons, by file of lit_qlora and name."""
 PUBLIC = {"_asdict", "_replace", "_exit", "_fail_with_undefined_error", "_gib"}
 """Documented in spite of the underscore: named tuples', os._exit, and jinja2.Undefined's; and a unit of figures."""
 
 MADE_BY_METACLASS = {"_abc_impl", "_backward_cls", "_is_protocol", "_is_runtime_protocol"}
-"""Of each class, by its metaclass: nobody wrote them."""
+"""Names that each class has by its metaclass: nobody wrote them."""
 
 
 def test_each_use_of_a_private_name_is_listed_with_a_reason_and_none_is_listed_for_nothing() -> None:
-    """Of another project's, or of another module's."""
+    """Private names are another project's, or another module's."""
     uses = [*_read_elsewhere(), *_overridden()]
     assert sorted({f"{file}: {name}" for file, name in uses if (file, name) not in USED}) == []
     assert {*USED} - {*uses} == set()

@@ -98,6 +98,6 @@ def test_more_cards_than_micro_batches_are_refused_in_the_tables_and_by_fit() ->
 
 
 def test_torchrun_is_shown_with_the_bar_that_keeps_options_apart() -> None:
-    """Without it, torchrun takes --run for an abbreviation of its own --run-path."""
+    """Otherwise torchrun takes --run for an abbreviation of its own --run-path."""
     page = (ROOT / "docs" / "several-devices.md").read_text(encoding="utf-8")
     assert re.search(r"torchrun --nnodes 2 [^\n]* -- \\\n +main\.py fit", page)

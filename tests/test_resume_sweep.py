@@ -121,7 +121,7 @@ def _copy(run: Path, target: Path) -> None:
 
 @pytest.fixture
 def copies(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
-    """From now on, a run folder is copied right after each save, and right before the next."""
+    """A function after whose call a run folder is copied right after each save, and right before the next."""
     from lit_qlora.storage.checkpoint_io import FolderCheckpointIO
 
     save = FolderCheckpointIO.save_checkpoint
@@ -145,7 +145,7 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
 
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on, curves are written as figures, to be compared in a hundredth of the time."""
+    """Have curves written as figures, to be compared in a hundredth of the time."""
 
     def written(file: Path, figures: charts.FiguresByStep, step: int) -> bool:
         shown = {at: {name: value for name, value in found.items() if "loss" in name} for at, found in figures.items()}
@@ -262,7 +262,8 @@ def kill_at(owner: Any, name: str, when: Callable[..., bool]) -> Callable[[], No
 
 
 def _moments() -> dict[str, Callable[[], None]]:
-    """With 2 x 7 micro-batches, a window of 2, a validation after 5 and 10 of them, and a save at each 2nd step."""
+    """The run has 2 x 7 micro-batches, a window of 2, a validation after 5 and 10 of them, and a save at each 2nd
+    step."""
     from lit_qlora.model import load
     from lit_qlora.model.module import QLoRAModule
     from lit_qlora.storage import folders

@@ -49,7 +49,7 @@ SPELLINGS = [
     "!!str trainer.KEY: {CLASS}",
     '"trainer": {{"KEY": {{"class_path": "run.payload.X", "init_args": {{}}}}}}',
 ]
-"""Which jsonargparse may take for the option KEY of the Trainer, or come to it by."""
+"""Spellings that jsonargparse may take for the option KEY of the Trainer, or by which it comes to it."""
 REFUSED = [
     "a: &a {CLASS}\ntrainer.KEY: *a",
     "a: &a {{trainer.KEY: {CLASS}}}\n<<: *a",
@@ -116,7 +116,7 @@ def _write(run: Path, spelling: str, option: str) -> None:
 
 
 def _parse(parser: RunParser, run: Path, *rest: str) -> Any:
-    """As QLoRACLI does."""
+    """Parse as QLoRACLI does."""
     command = complete(["validate", "--run", str(run), *rest])
     return parser.parse_args(with_kept(command)[1:])
 
@@ -131,7 +131,7 @@ def is_plain_type(hint: Any) -> bool:
 
 
 def test_these_are_all_the_options_that_can_name_code(parser: RunParser) -> None:
-    """By what is no plain type; whoever adds one sees here that it is not taken from a run folder."""
+    """Options that have no plain type; whoever adds one sees here that it is not taken from a run folder."""
     assert {name for name, hint in parser.types().items() if not is_plain_type(hint)} == {*OPTIONS} == {*OF_LIGHTNING}
     assert len(parser.types()) > 50
 
@@ -155,7 +155,7 @@ def test_code_is_left_out_with_a_warning(
 def test_nor_is_it_taken_from_a_config_file_in_the_folder(
     run: Path, parser: RunParser, capsys: pytest.CaptureFixture[str], spelling: str, named: str
 ) -> None:
-    """By whatever path, and between config files of one's own, which may name code."""
+    """The path may be any, and between config files of one's own, which may name code."""
     Path("own.yaml").write_text("seed_everything: 3\ndata: {batch_size: 5}\ntrainer: {max_epochs: 2}\n")
     Path("last.yaml").write_text("trainer: {max_epochs: 4}\n")
     _write(run, spelling, "trainer.callbacks")
@@ -173,7 +173,7 @@ def test_nor_is_it_taken_from_a_config_file_in_the_folder(
 
 @pytest.mark.parametrize("beside", ["adapter/", "adapter/sub/", ""])
 def test_a_config_of_ones_own_may_name_code(run: Path, parser: RunParser, beside: str) -> None:
-    """Also beside an adapter that was downloaded."""
+    """The config may lie beside an adapter that was downloaded."""
     Path("adapter/sub").mkdir(parents=True)
     Path(f"{beside}own.yaml").write_text("trainer: {callbacks: {class_path: lit_qlora.callbacks.warmup.WarmupStep}}\n")
     command = complete(["fit", "--config", f"{beside}own.yaml"])

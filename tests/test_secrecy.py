@@ -88,7 +88,7 @@ def test_a_mail_address_after_a_colon_may_be_asked_about() -> None:
 
 
 def test_an_error_shows_no_secret_wherever_it_ends() -> None:
-    """In a program of the user's, too: in its sentence, its fields and its repr."""
+    """The error may end in a program of the user's: in its sentence, its fields or its repr."""
     url = f"hf://me:{CANARY}@datasets/x"
     error = UserError(f"no {url}", option=f"x={TOKEN}", place=url, remedy=f"give no {url}")
     with pytest.raises(UserError) as required:
@@ -150,6 +150,6 @@ def test_a_secret_is_refused_without_being_printed(
 
 
 def test_a_long_text_is_looked_through_at_once() -> None:
-    """In half a second; in hours where each pattern looks for a user after each scheme."""
+    """This takes half a second, and hours where each pattern looks for a user after each scheme."""
     text = "a://" * 250_000
     assert redact(text) == text

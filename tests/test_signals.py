@@ -81,7 +81,7 @@ def test_a_signal_within_an_import_is_not_swallowed(tmp_path: Path, around: str,
 
 @pytest.mark.parametrize("later", ["SIGHUP", "SIGUSR1"])
 def test_what_no_person_sends_does_not_hurry_one_that_leaves(later: str) -> None:
-    """As the end of a session does: SIGTERM, and SIGHUP right after it."""
+    """The end of a session sends SIGTERM, and SIGHUP right after it."""
     code = CODE.format(name="SIGTERM", more=f"os.kill(os.getpid(), signal.{later}); time.sleep(0.1)")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (143, "put right\nto the end\n")

@@ -220,7 +220,7 @@ def test_a_link_that_leads_to_itself_is_one_line(option, tmp_path, monkeypatch, 
 
 
 def test_a_link_to_itself_is_reported_by_the_systems_number_too():
-    """As from Python 3.13 on, whose pathlib raises no error of its own."""
+    """Python's pathlib raises no error of its own from 3.13 on."""
     assert "x.jsonl: a link that leads to itself" in cli._of_a_path(OSError(errno.ELOOP, "many", "x.jsonl"))
 
 
@@ -272,7 +272,8 @@ def test_a_row_to_show_that_is_not_there_is_found_first(row, tmp_path, monkeypat
 
 
 def test_a_row_to_show_may_be_of_any_part(tmp_path, monkeypatch, expect_error):
-    """Of the source's own held-out rows, of another source's; and where not all can be read early, of any."""
+    """The row may be of the source's own held-out rows, or of another source's; and where not all can be read early,
+    any."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
     for name, count in (("mine/train", 1), ("mine/validation", 2), ("other", 4)):
@@ -363,7 +364,7 @@ def test_a_config_with_classes_and_lists_to_add_to_passes_and_its_misspelt_key_d
 )
 @pytest.mark.parametrize("more", [[], ["--trainer.logger.save_dir", "x"]])
 def test_the_first_look_imports_nothing_that_a_config_names(text, more, tmp_path, monkeypatch):
-    """In whatever spelling: it may be a stranger's."""
+    """The config may be a stranger's, and spell the name in any way."""
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "mine.py").write_text("class Kept: ...\n")
     (tmp_path / "own.yaml").write_text(text)
@@ -440,7 +441,7 @@ def test_mistakes_need_nothing_heavy_whatever_the_verb(files, begun):
 
 
 def test_rows_are_looked_at_unless_the_run_that_a_fit_chooses_is_finished(files, begun, expect_error):
-    """Without a name: the first of runs/demo, runs/demo-2, … that has these settings."""
+    """A fit without a name takes the first of runs/demo, runs/demo-2, … that has these settings."""
     begun.path.rename("runs/demo")
     Path("runs/demo/finished.json").touch()
     broken = ["--data.source", "columns.jsonl"]
@@ -464,7 +465,7 @@ def test_a_run_in_use_is_found_first(begun, expect_error):
 
 
 def test_a_run_whose_rows_are_gone_is_left_to_the_run(tmp_path, monkeypatch):
-    """It may be finished, and says so then."""
+    """The run may be finished, and says so then."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     (tmp_path / "runs" / "mine" / "metrics.jsonl").touch()

@@ -1,4 +1,4 @@
-"""Which run a command is for: by its name, or, without one, by its settings."""
+"""The run that a command is for: by its name, or, without one, by its settings."""
 
 import json
 from collections.abc import Mapping

@@ -18,7 +18,7 @@ TEXTS = [
 
 
 class _Parser(OneLineErrors, ArgumentParser):
-    """As a verb's."""
+    """A parser like a verb's."""
 
 
 def _verb(

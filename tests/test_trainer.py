@@ -221,7 +221,7 @@ class OddCounter(Callback):
 
 @pytest.mark.slow
 def test_callbacks_that_look_leave_the_figures_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that can be monitored are there, and one that counts otherwise costs none of metrics.jsonl."""
+    """Figures that can be monitored are there, and one that counts otherwise costs none of metrics.jsonl."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     Path("odd_counter.py").write_text(ODD_COUNTER)

@@ -140,7 +140,8 @@ def test_rows_that_came_later_are_not_scored(here: Path, capsys: pytest.CaptureF
 
 @pytest.mark.parametrize("config", [one for one in CONFIGS if one not in T4_CONFIGS], ids=lambda path: path.stem)
 def test_every_config_trains(config: Path, here: Path) -> None:
-    """As it stands, with only base, data, length and number of devices replaced; those for a T4 do in the next test."""
+    """The config stays as it is but for base, data, length and number of devices; those for a T4 do in the next
+    test."""
     data = _rows(here / "rows.jsonl")
     small = ["--model.base", "demo", "--data.source", str(data), "--data.max_length", "48", "--trainer.max_steps", "2"]
     small += ["--trainer.devices", "1"]
@@ -162,7 +163,8 @@ class _NoBf16(TorchDispatchMode):
 def test_a_t4_config_meets_no_bf16(
     config: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With what `auto` takes on a T4, on the CPU: from loading to the last sample answer, no tensor and no autocast."""
+    """No tensor and no autocast is in bf16, from loading to the last sample answer, on the CPU with what `auto`
+    takes on a T4."""
     from lightning.pytorch.plugins import MixedPrecision
 
     from lit_qlora import trainer, training
@@ -260,7 +262,7 @@ def test_ctrl_c_saves_and_says_so(here: Path) -> None:
 def test_a_signal_to_all_of_its_processes_is_answered_by_one(
     here: Path, number: signal.Signals, status: int, name: str
 ) -> None:
-    """As a terminal sends Ctrl-C, and `timeout` SIGTERM: to the workers that load rows, too."""
+    """A terminal sends Ctrl-C to the workers that load rows, too, and `timeout` SIGTERM."""
     command = [sys.executable, "-u", str(ROOT / "main.py"), "fit", "--trainer.log_every_n_steps", "1",
                "--data.num_workers", "2", "--samples.count", "0", "--trainer.limit_val_batches", "1"]  # fmt: skip
     process = subprocess.Popen(

@@ -49,7 +49,7 @@ def tiny(tiny_folder):
 
 @pytest.fixture(scope="session")
 def other_tiny(tmp_path_factory):
-    """Another base of the same widths."""
+    """Make another base of the same widths."""
     from lit_qlora.model.base import find_base
 
     return find_base(str(save_llama(tmp_path_factory.mktemp("bases") / "other-llama", seed=1)))

@@ -1,5 +1,7 @@
 """Runs on GPUs: replicas with NCCL, a shared base, layers from the host's memory. Each run has processes of its own.
-All runs begin together, before the first test; a test waits for those that it compares."""
+
+All runs begin together, before the first test; a test waits for those that it compares.
+"""
 
 import json
 import os

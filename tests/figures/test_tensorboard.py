@@ -123,7 +123,7 @@ def test_the_loss_comes_first_and_training_and_held_out_share_its_chart(tmp_path
 
 @pytest.mark.parametrize("last", [2.0 - 1e-9, "-inf"])
 def test_the_best_validation_is_the_one_whose_adapter_is_kept(tmp_path, last):
-    """By the losses as recorded: in TensorBoard's fp32, one that is lower by a hair would be as low."""
+    """The losses compared are those recorded: in TensorBoard's fp32, one that is lower by a hair would be as low."""
     record = start(tmp_path)
     for step, loss in ((1, 2.0), (2, last)):
         record.log_metrics({"val/loss": float(loss), "val/accuracy": step / 8}, step)

@@ -79,8 +79,10 @@ def _fail_late(module):
 
 
 def learn(module, *batches, factor=1.0):
-    """Learn in Lightning's order: gradients are zeroed between a step's first forward and its backward. ``factor``
-    is what a subclass multiplies the loss by."""
+    """Learn in Lightning's order: gradients are zeroed between a step's first forward and its backward.
+
+    ``factor`` is what a subclass multiplies the loss by.
+    """
     losses, optimizer = [], torch.optim.SGD(adapter_parameters(module).values())
     for value in adapter_parameters(module).values():
         value.grad = torch.ones_like(value)  # of the step before

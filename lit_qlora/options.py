@@ -5,7 +5,6 @@ jsonargparse does the parsing. Does not know what any option means.
 
 import re
 from argparse import ArgumentError
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from enum import Enum
 from functools import partial
@@ -40,12 +39,12 @@ _SECTION = re.compile(r"key \"(\w+)\":\s*Unable to load config '([^']*)'")
 _NO_CLASS = re.compile(r"dot import path string: (\S+)|given class_path '([^']+)':\s*(.*)")
 """The parts of jsonargparse's messages that are parsed, here alone: its errors have no fields."""
 
-_raised: deque[UserError] = deque(maxlen=32)
-"""The last errors: jsonargparse quotes those of the parser of a class's arguments in a message of its own."""
+_raised: list[UserError] = []
+"""The errors of the values that are being checked: jsonargparse raises another one in place of those about a class."""
 
 
 def quoted(error: UserError) -> UserError:
-    """``error``, about a class or an argument of one, kept to be found again where jsonargparse quotes it."""
+    """``error``, about a class or an argument of one, kept for the check of the value that names the class."""
     _raised.append(error)
     return error
 
@@ -197,16 +196,21 @@ def _as_typed(
             return None  # as messages and help call it
         if _is_comment(value):
             if not append and str not in get_args(hint):
-                raise quoted(_misfit(option, hint, classes, excerpt(value), ""))
+                raise quoted(_misfit(option, hint, classes, excerpt(value)))
             value = _Typed(value)
     elif dict[str, str] in (hint, *get_args(hint)) and isinstance(getattr(value, "val", None), str):
         value = value._replace(val=_Typed(value.val))
     elif isinstance(value, Namespace) and any(dict in (one, get_origin(one)) for one in (hint, *get_args(hint))):
         value = value.as_dict()  # of a dotted name in a file
+    others = len(_raised)
     try:
-        return _untyped(check(value, append=append, **more))
+        checked = _untyped(check(value, append=append, **more))
     except TypeError as error:
-        raise quoted(_misfit(option, hint, classes, value, str(error))) from error
+        inner = _raised[-1] if len(_raised) > others else None
+        del _raised[others:]
+        raise quoted(_about(inner, option) if inner else _misfit(option, hint, classes, value, str(error))) from error
+    del _raised[others:]  # of readings of the value that this one replaced
+    return checked
 
 
 def _untyped(value: Any) -> Any:
@@ -233,16 +237,18 @@ def _is_comment(text: str) -> bool:
         return False
 
 
-def _misfit(option: str, hint: Any, classes: Collection[str], value: Any, reasons: str) -> UserError:
+def _about(inner: UserError, option: str) -> UserError:
+    """The error for ``option``, whose value names a class, by the one about that class or an argument of it."""
+    if isinstance(inner, _LackingError):
+        return lacks(inner.name, option, inner.arguments)
+    return inner.replace(option=option if inner.option in (None, option) else f"{option}.{inner.option}")
+
+
+def _misfit(option: str, hint: Any, classes: Collection[str], value: Any, reasons: str = "") -> UserError:
     """The error for ``value`` that ``option`` of type ``hint`` can't have, by jsonargparse's ``reasons``.
 
     Of a class, of which ``classes`` may be meant, there is a reason per type of the option, one of them about that.
     """
-    inner = next((error for error in reversed(_raised) if str(error) in reasons), None)
-    if isinstance(inner, _LackingError):
-        return lacks(inner.name, option, inner.arguments)
-    if inner:
-        return inner.replace(option=option if inner.option in (None, option) else f"{option}.{inner.option}")
     unknown = _NO_CLASS.search(reasons)
     if unknown:
         return no_class(unknown[1] or unknown[2], option, classes, unknown[3] or "")

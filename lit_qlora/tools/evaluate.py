@@ -265,14 +265,15 @@ def _print_note(how: str, draws: int, rows: Mapping[str, "Compared"], drawn: str
 def _table(title: str, rows: Mapping[str, "Compared"], form: str, ends: str) -> None:
     """A line per figure; ``form`` and ``ends`` are the formats of a value and of the ends of its interval."""
 
-    def cell(figure: "Figure") -> str:
-        interval = "" if figure.low is None else f" [{figure.low:{ends}}, {figure.high:{ends}}]"
-        return f"{figure.value:{form}}{interval}"
+    def cell(figure: "Figure") -> list[str]:
+        interval = [] if figure.low is None else [f"[{figure.low:{ends}}, {figure.high:{ends}}]"]
+        return [f"{figure.value:{form}}", *interval]
 
-    lines: list[tuple[str, ...]] = [(title, "base", "adapter", "adapter - base")]
-    lines += [(name, *map(cell, row)) for name, row in rows.items()]
+    cells = {title: [["base"], ["adapter"], ["adapter - base"]]}
+    cells |= {name: [*map(cell, row)] for name, row in rows.items()}
+    lines: list[tuple[str, ...]] = [(name, *map(" ".join, row)) for name, row in cells.items()]
     if sys.stdout.isatty() and sum(_widths(lines)) + 6 > WIDTH:
-        lines = _stacked(lines)
+        lines = _stacked(cells)
     widths = _widths(lines)
     for line in lines:
         print("  ".join(f"{text:{width}}" for text, width in zip(line, widths, strict=True)).rstrip())
@@ -282,13 +283,11 @@ def _widths(lines: Sequence[tuple[str, ...]]) -> list[int]:
     return [max(map(len, column)) for column in zip(*lines, strict=True)]
 
 
-def _stacked(lines: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """``lines`` of a table with each interval below its value, and names in what `WIDTH` leaves them."""
-    figures = [[text.replace(" [", "\n[").split("\n") for text in line[1:]] for line in lines]
-    stacked = [part for line in figures for part in zip_longest(*line, fillvalue="")]
+def _stacked(cells: Mapping[str, Sequence[Sequence[str]]]) -> list[tuple[str, ...]]:
+    """Lines of a table with each interval below its value, and names in what `WIDTH` leaves them."""
+    stacked = [part for row in cells.values() for part in zip_longest(*row, fillvalue="")]
     room = max(WIDTH - sum(_widths(stacked)) - 6, 12)
-    named = [[wrap(line[0], room), *cells] for line, cells in zip(lines, figures, strict=True)]
-    return [part for cells in named for part in zip_longest(*cells, fillvalue="")]
+    return [part for name, row in cells.items() for part in zip_longest(wrap(name, room), *row, fillvalue="")]
 
 
 def _as_json(value: Any) -> Any:

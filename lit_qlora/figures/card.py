@@ -35,6 +35,10 @@ LICENCE = (
 )
 LLAMA_NAME = re.compile(r"llama|^demo$", re.IGNORECASE)
 """Names of bases that are tagged so; of others the architecture is not known here."""
+HERE = '"this-folder"'
+"""How a card's code names the folder that the card is in."""
+CHAT = "`python main.py chat --adapter this-folder"
+"""The start of a card's command for that folder."""
 
 
 def write_card(
@@ -120,8 +124,8 @@ def merged_card(base: str, sources: Sequence[str], made: str, measured: str, pro
 def _render(name: str, base: str, **values: Any) -> str:
     licence = LICENCE if LLAMA_2_NAME.search(base) else None
     shown = ", ".join(f"{name} {found.partition('+')[0]}" for name, found in versions().items())
-    template = f"{name}.md.jinja"
-    return filled("lit_qlora.figures", template, base=base, licence=licence, versions=shown, **values)
+    template, ours = f"{name}.md.jinja", {"here": HERE, "chat": CHAT}
+    return filled("lit_qlora.figures", template, base=base, licence=licence, versions=shown, **ours, **values)
 
 
 def published(value: Any) -> Any:
@@ -189,10 +193,7 @@ def addressed(text: str, to: str) -> str:
         text: the card as it was written.
         to: the repository, NAME/REPO.
     """
-    chat = "`python main.py chat --adapter this-folder"
-    return text.replace('"this-folder"', f'"{to}"').replace(
-        chat, f"`hf download {to} --local-dir this-folder`, then {chat}"
-    )
+    return text.replace(HERE, f'"{to}"').replace(CHAT, f"`hf download {to} --local-dir this-folder`, then {CHAT}")
 
 
 def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:

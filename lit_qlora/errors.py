@@ -51,8 +51,7 @@ class UserError(Exception):
 
     def replace(self, **fields: Any) -> "UserError":
         """The same error with other ``fields``, as for another command's name of the option."""
-        kept = {name: getattr(self, name) for name in ("problem", "option", "place", "remedy")}
-        return UserError(**kept | fields)
+        return UserError(**self.fields | fields)
 
     def within(self, option: str) -> "UserError":
         """The same error about the value of ``option``, whose sentence starts with that option."""
@@ -61,6 +60,11 @@ class UserError(Exception):
     def advise(self, remedy: str) -> "UserError":
         """The same error with ``remedy`` appended to its own."""
         return self.replace(remedy=f"{self.remedy}; {remedy}" if self.remedy else remedy)
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The arguments that make this error again, plain texts: in another process, too."""
+        return {name: getattr(self, name) for name in ("problem", "option", "place", "remedy")}
 
     @property
     def said(self) -> str:

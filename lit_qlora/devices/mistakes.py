@@ -4,6 +4,7 @@ The first process prints it, its own or another's; the others are silent, unless
 that `starting` began only print: it shows the last line of the one that failed.
 """
 
+import json
 import os
 import time
 from contextlib import suppress
@@ -41,17 +42,23 @@ def _print_for_all(problem: str | UserError) -> None:
         with suppress(Exception):
             found = board(timedelta(seconds=REPORT_WAIT_S))
             if found.check(["failed"]):
-                rank, _, shown = found.get("failed").decode().partition(" ")
-                mark = of_process(world()._replace(rank=int(rank)))
+                sent = found.get("failed")
+                rank, fields = json.loads(sent)
+                shown, mark = UserError(**fields), of_process(world()._replace(rank=rank))
     complain(shown, mark)
     with suppress(Exception):
         hang_up()
         found = found or board(timedelta(seconds=REPORT_WAIT_S))
         found.set("said", "")
-        found.set("failed", f"0 {problem}")
+        found.set("failed", _sent(problem))
         ends_at = time.monotonic() + LINGER_S
         while found.add("heard", 0) < world().size - 1 and time.monotonic() < ends_at:
             time.sleep(0.05)
+
+
+def _sent(problem: str | UserError) -> str:
+    """``problem`` of this process for another one."""
+    return json.dumps([world().rank, problem.fields if isinstance(problem, UserError) else {"problem": problem}])
 
 
 def _is_said(problem: str | UserError) -> bool:
@@ -60,7 +67,7 @@ def _is_said(problem: str | UserError) -> bool:
     try:
         found = board(timedelta(seconds=REPORT_WAIT_S))
         if not is_lost:
-            found.set("failed", f"{world().rank} {problem}")
+            found.set("failed", _sent(problem))
         hang_up()
         found.wait(["said"], timedelta(seconds=LINGER_S if is_lost else REPORT_WAIT_S))
         found.add("heard", 1)

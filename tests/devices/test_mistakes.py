@@ -11,6 +11,7 @@ import pytest
 from lit_qlora.devices import mistakes, world
 from lit_qlora.devices.mistakes import report_once
 from lit_qlora.devices.world import LostError, highest
+from lit_qlora.errors import UserError
 from tests.devices.several import run_several
 
 PROBLEM = "unknown option 'model.ran'"
@@ -64,6 +65,22 @@ def meets(rank: int) -> str:
 def test_what_another_did_before_they_met_the_first_says_with_its_number(capfd: pytest.CaptureFixture[str]) -> None:
     found, lines = said(capfd, lambda rank: report_once(PROBLEM) if rank == 1 else meets(rank), 3)
     assert (found, lines) == (["lost", None, "lost"], ["error: process 1 of 3: unknown option 'model.ran'"])
+
+
+def test_what_another_did_is_printed_with_its_fields() -> None:
+    """So that a terminal has the remedy on a line of its own."""
+    error = UserError("unknown option", option="model.ran", place="mine.yaml:3", remedy="give model.rank")
+
+    def do(rank: int) -> Any:
+        if rank == 1:
+            return report_once(error)
+        shown = list[UserError]()
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(mistakes, "complain", lambda what, _: shown.append(what))
+            meets(rank)
+        return [one.fields for one in shown]
+
+    assert run_several(2, lambda: do(world.world().rank), joins=False, limit_s=20) == [[error.fields], None]
 
 
 def test_what_the_first_alone_did_before_they_met(capfd: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from importlib.machinery import ModuleSpec
 from shutil import get_terminal_size
 from types import FrameType
 from typing import Any
@@ -23,6 +24,8 @@ Windows."""
 SIGNALS = (*URGENT, *PATIENT)
 WARNING = getattr(signal, "SIGUSR1", 0)
 """A batch system's warning that time is almost over: `sbatch --signal=USR1@120`."""
+IMPORT = ModuleSpec.__init__.__code__.co_filename
+"""What frames of Python's import give as their file: it is frozen, and has none."""
 Handler = Callable[[int, FrameType | None], None]
 
 
@@ -164,7 +167,7 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 def _is_in_import(frame: FrameType | None) -> bool:
     while frame is not None:
-        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+        if frame.f_code.co_filename == IMPORT:
             return True
         frame = frame.f_back
     return False

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -132,6 +133,35 @@ def test_the_adapter_is_that_of_the_best_validation(full_run, tiny, rows, tmp_pa
 def test_a_loss_that_is_not_finite_is_never_the_best(full_run, tiny, rows, tmp_path, losses, best):
     _, _, run = fit_with(full_run, tiny, rows, tmp_path / "run", losses)
     assert read_result(run.adapter)["step"] == best
+
+
+def put_result(folder, loss):
+    """An adapter's folder with a result and nothing else."""
+    write_folder(folder, lambda made: (made / "result.json").write_text(json.dumps({"step": 4, "val/loss": loss})))
+
+
+@pytest.mark.parametrize(("best", "stays"), [(2.0, False), (1.5, False), (2.5, True), (None, True)])
+def test_an_adapter_put_aside_stays_until_the_best_is_as_good(tmp_path, best, stays):
+    run = RunFolder(tmp_path)
+    run.prepare()
+    put_result(run.adapter_before, 2.0)
+    if best is not None:
+        put_result(run.adapter, best)
+    RunCheckpoints(run, 10).drop_aside()
+    assert run.adapter_before.exists() == stays
+
+
+@pytest.mark.parametrize(("loss", "is_gone"), [(2.0, False), (1.5, False), (2.5, True), (None, True)])
+def test_a_best_adapter_that_is_gone_is_reported(tmp_path, capsys, loss, is_gone):
+    run = RunFolder(tmp_path)
+    run.prepare()
+    if loss is not None:
+        put_result(run.adapter, loss)
+    checkpoints = RunCheckpoints(run, 10)
+    checkpoints.on_load_checkpoint(None, None, {"global_step": 4})
+    checkpoints.load_state_dict({"kept": {"step": 4, "val/loss": 2.0}})
+    checkpoints.on_fit_start(SimpleNamespace(early_stopping_callbacks=[], should_stop=False), None)
+    assert ("the best adapter so far, that of step 4, is gone" in capsys.readouterr().err) == is_gone
 
 
 def test_without_validation_the_last_adapter_is_kept(full_run, tiny, rows, tmp_path):

@@ -49,6 +49,16 @@ def test_many_points_are_smoothed_too(tmp_path):
     assert draw_curves(tmp_path / "x.png", figures, 100)
     assert len(places(tmp_path / "x.png", FAINT))
     assert smoothed(points(figures, "train/loss"))[-1] == (100.0, 2.4)  # of the last five
+    assert [chart.words for chart in charts.charts(figures, None)] == ["training from 3 to 2.4"]
+
+
+def test_speeds_are_held_against_none_at_all():
+    figures = {
+        step: {"speed/tokens_per_second": 1000.0 + step, "train/gradient_norm": 1000.0 + step} for step in (1, 9)
+    }
+    norm, speed = (chart.svg for chart in charts.charts(figures, None))
+    assert ">200</text>" in speed and ">1,000</text>" in speed
+    assert ">200</text>" not in norm
 
 
 @pytest.mark.parametrize("figures", [{}, {5: {"train/loss": 1.0}}, {0: {"val/loss": 1.0}, 5: {"val/loss": "nan"}}])

@@ -20,6 +20,7 @@ from lit_qlora.model import lora_config
 from lit_qlora.model.architectures import LINEARS
 from lit_qlora.model.base import Base
 from lit_qlora.model.fingerprint import fingerprint, short
+from lit_qlora.model.lora_names import PREFIX, parse_name
 from lit_qlora.model.shape import target_names
 from lit_qlora.storage.files import disk_error
 from lit_qlora.storage.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, MANIFEST, DamagedFolderError, verify_folder
@@ -33,11 +34,6 @@ if TYPE_CHECKING:
 
 DEFAULT_FORMAT = make_format()
 PICKLE = "adapter_model.bin"
-PLACE = re.compile(
-    rf"base_model\.model\.model\.layers\.(?P<layer>\d+)\.(?:self_attn|mlp)\.(?P<linear>{'|'.join(LINEARS)})\.lora_.*"
-)
-"""peft's name of a weight of LoRA on a linear layer of the decoder."""
-
 IN_CONFIG = {"rank": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dora": "use_dora"}
 """Options of LoRA by their fields of adapter_config.json. The record repeats them, so that an alpha changed there is
 noticed."""
@@ -101,7 +97,7 @@ def check_settings(folder: Path, lora: Lora) -> None:
     Raises:
         UserError: for the first setting that differs.
     """
-    targets = sorted({match["linear"] for match in map(PLACE.match, stored_shapes(folder)) if match})
+    targets = sorted({name["linear"] for name in map(parse_name, stored_shapes(folder)) if name and name["linear"]})
     asked = vars(lora) | {"target_modules": sorted(target_names(lora.target_modules))}
     for name, own in {**_settings(folder), "target_modules": targets}.items():
         if own != asked[name]:
@@ -136,16 +132,16 @@ def ranks(folder: Path, num_layers: int) -> tuple[dict[str, int], ...]:
         UserError: its weights can't be read.
     """
     found: dict[int, dict[str, int]] = {layer: {} for layer in range(num_layers)}
-    for name, shape in stored_shapes(folder).items():
-        place = PLACE.match(name)
-        if place and ".lora_A." in name:
-            found.setdefault(int(place["layer"]), {})[place["linear"]] = shape[0]
+    for key, shape in stored_shapes(folder).items():
+        name = parse_name(key)
+        if name and name["linear"] and name["part"] == "A":
+            found.setdefault(int(name["layer"]), {})[name["linear"]] = shape[0]
     return tuple(found.values())
 
 
 def adapted_layers(model: "PeftModel") -> set[int]:
     """The numbers of the decoder layers of ``model`` that have LoRA, from 0."""
-    return {int(place["layer"]) for place in map(PLACE.match, adapter_parameters(model)) if place}
+    return {int(name["layer"]) for name in map(parse_name, adapter_parameters(model)) if name and name["layer"]}
 
 
 def has_bias(folder: Path | None) -> bool:
@@ -329,7 +325,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     lora_config.check_config(folder, config)
     stored = stored_shapes(folder)
     lora_config.check_ranks(folder, config, stored)
-    elsewhere = next((name for name in sorted(stored) if not PLACE.match(name)), None)
+    elsewhere = next((key for key in sorted(stored) if not ((parts := parse_name(key)) and parts["linear"])), None)
     if elsewhere and ".lora_" not in elsewhere:
         raise UserError(
             f"it holds {elsewhere}, no weight of LoRA: added tokens and layers trained whole can't be used here",
@@ -337,12 +333,12 @@ def read_record(folder: Path) -> dict[str, Any]:
             remedy="if the base has the same, save it again with save_embedding_layers=False",
         )
     if elsewhere:
-        layer = elsewhere.partition(".lora_")[0].removeprefix("base_model.model.")
-        if elsewhere.startswith(layer):
-            problem = f"{elsewhere} is no name of peft's, expected base_model.model.… before it"
+        parts = parse_name(elsewhere)
+        if not parts:
+            problem = f"{elsewhere} is no name of peft's, expected {PREFIX}….lora_A.weight or its like"
             raise UserError(problem, place=folder, remedy="save it with peft (save_pretrained)")
         raise UserError(
-            f"by adapter_config.json's target_modules it has LoRA on {layer}, which can't be used here",
+            f"by adapter_config.json's target_modules it has LoRA on {parts['module']}, which can't be used here",
             place=folder,
             remedy=f"expected linear layers of the decoder: {', '.join(LINEARS)}",
         )

@@ -14,6 +14,7 @@ from typing import Any
 
 from lit_qlora.errors import UserError, cut
 from lit_qlora.model.architectures import PLACES
+from lit_qlora.model.lora_names import PREFIX, parse_name
 from lit_qlora.storage.adapter import is_adapter
 from lit_qlora.storage.folders import URL
 from lit_qlora.storage.foreign import FLAG, SHARE, Kind, shown, whole
@@ -130,11 +131,8 @@ def check_ranks(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, Se
     """
     _check_patterns(folder, config)
     patterns: dict[str, int] = config.get("rank_pattern") or {}
-    stored = {
-        name.removeprefix("base_model.model.").partition(".lora_A.")[0]: shape
-        for name, shape in shapes.items()
-        if ".lora_A." in name and shape
-    }
+    names = ((parse_name(key), shape) for key, shape in shapes.items() if shape)
+    stored = {name["module"]: shape for name, shape in names if name and name["part"] == "A"}
     for layer, shape in stored.items():
         rank = _of_layer(patterns, layer, config["r"])
         if rank != shape[0]:
@@ -182,7 +180,7 @@ def _check_patterns(folder: Path, config: Mapping[str, Any]) -> None:
     parts = [*PLACES.values(), "self_attn", "mlp", "mlp.act_fn", "input_layernorm", "post_attention_layernorm"]
     names = ["lm_head", "model.embed_tokens", "model.norm", "model.rotary_emb", "model.layers"]
     names += [f"model.layers.{layer}.{part}" for layer in range(MATCHED_LAYERS) for part in parts]
-    names += [f"base_model.model.{name}" for name in names]
+    names += [f"{PREFIX}{name}" for name in names]
     what = "adapter_config.json has a pattern of modules that"
     try:
         done = subprocess.run(

@@ -42,6 +42,7 @@ from lit_qlora.model.device import (
 )
 from lit_qlora.model.generate import Sampling, generate
 from lit_qlora.model.learning import LearnsInParts
+from lit_qlora.model.lora_names import parse_name
 from lit_qlora.model.loss import CHUNK_ROWS
 from lit_qlora.model.optimizer import OPTIMIZERS, OptimizerName, Schedule, check_optimizer, make_schedule
 from lit_qlora.model.sharded_base import check_host, load_sharded
@@ -345,8 +346,8 @@ class QLoRAModule(LearnsInParts):
         """Base and adapter in words, for the terminal."""
         shape = self.base.shape
         trained = sum(value.numel() for value in lora.adapter_parameters(self).values())
-        matrices = [(name.split(".")[-4], len(value)) for name, value in lora.adapter_parameters(self).items()
-                    if ".lora_A." in name]  # fmt: skip
+        named = ((parse_name(key), value) for key, value in lora.adapter_parameters(self.peft_model).items())
+        matrices = [(name["linear"], len(value)) for name, value in named if name and name["part"] == "A"]
         targets, ranks = {name for name, _ in matrices}, sorted({rank for _, rank in matrices})
         names = "all linear layers" if targets == {*LINEARS} else ", ".join(sorted(targets))
         rank = f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"{ranks[0]}"

@@ -15,6 +15,7 @@ from lit_qlora.errors import UserError
 from lit_qlora.model import lora_config
 from lit_qlora.model.base import Base
 from lit_qlora.model.lora import stored_shapes
+from lit_qlora.model.lora_names import parse_name
 from lit_qlora.model.weights import BUFFER, STATE, is_linear, stored_tensors
 from lit_qlora.storage.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from lit_qlora.storage.foreign import read_object
@@ -78,13 +79,14 @@ class LoraWeights:
         if self._config.get("lora_bias"):
             raise UserError(f"{folder} has lora_bias, and a merge adds to weights, not to biases", option="adapter")
         self._file = folder / ADAPTER_WEIGHTS
-        keys = stored_shapes(folder)  # peft's names, here by the base's name of the layer and the part of LoRA
-        self._keys = {key.removeprefix("base_model.model.").removesuffix(".weight"): key for key in keys}
+        names = filter(None, map(parse_name, stored_shapes(folder)))
+        self._keys = {(f"{name['module']}.weight", name["part"]): name[0] for name in names if not name["bias"]}
+        """peft's names, by that of the base's weight and the part of LoRA."""
 
     @property
     def targets(self) -> set[str]:
         """Names of the base's weights that it changes."""
-        return {f"{name.rpartition('.lora_')[0]}.weight" for name in self._keys}
+        return {name for name, _ in self._keys}
 
     def add_to(self, name: str, weight: Tensor) -> Tensor:
         """``weight + scale * B @ A``, with DoRA's magnitudes if any; ``weight`` itself where there is no LoRA.
@@ -96,14 +98,13 @@ class LoraWeights:
         Returns:
             The sum, ``[out, in]``, fp32.
         """
-        part = name.removesuffix(".weight")
-        if f"{part}.lora_A" not in self._keys:
+        if (name, "A") not in self._keys:
             return weight
-        a, b = (_read_weight(self._file, self._keys[f"{part}.lora_{kind}"]).to(weight) for kind in "AB")
+        a, b = (_read_weight(self._file, self._keys[name, part]).to(weight) for part in "AB")
         rank = a.shape[0]
-        alpha = lora_config.alpha_of(self._config, part)
+        alpha = lora_config.alpha_of(self._config, name.removesuffix(".weight"))
         merged = weight + alpha / (rank**0.5 if self._config.get("use_rslora") else rank) * (b @ a)
-        key = self._keys.get(f"{part}.lora_magnitude_vector")
+        key = self._keys.get((name, "magnitude_vector"))
         if key is not None:
             merged *= (_read_weight(self._file, key).to(weight) / merged.norm(dim=1))[:, None]
         return merged

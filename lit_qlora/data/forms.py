@@ -227,6 +227,8 @@ else:
 
 SYSTEM = "system"
 """What the column with the system text is called in ``data.columns``."""
+PREFERENCES = CHOSEN, REJECTED = "chosen", "rejected"
+"""Columns of preference data, which are not read: a file whose first line has one does name its columns there."""
 MARKERS_ELSEWHERE = {
     "<|im_start|>": ("ChatML", ""),
     "<|start_header_id|>": ("Llama 3's format", ""),

@@ -9,10 +9,12 @@ from dataclasses import replace
 from typing import Any
 
 from lit_qlora.data.forms import (
+    CHOSEN,
     COLUMN_OPTIONS,
     FORMS,
     INPUT_COLUMNS,
     MARKERS_ELSEWHERE,
+    REJECTED,
     SYSTEM,
     SYSTEM_COLUMNS,
     Form,
@@ -36,7 +38,7 @@ LABELS = ("true", "false")
 LABELLED_BAD = "rows with label false, which calls the answer bad: not learned"
 _PAIRS = [form.needs for form in FORMS if len(form.needs) == 2]
 QUESTIONS = sorted([*dict.fromkeys(one for one, _ in _PAIRS), "human", "inputs"], key=INPUT_COLUMNS.__contains__)
-ANSWERS = [*dict.fromkeys(one for _, one in _PAIRS), "answers", "chosen", "target", "targets"]
+ANSWERS = [*dict.fromkeys(one for _, one in _PAIRS), "answers", CHOSEN, "target", "targets"]
 """Names of columns that probably hold a question, or an answer: the forms' own, and others."""
 NO_INPUT = ("nan", "<noinput>")
 """Texts that stand for no input to a question: pandas' NaN as text, and that of data made by a model."""
@@ -236,7 +238,7 @@ def _no_column(row: Mapping[str, Any], forms: Sequence[RowForm], use: Use, optio
     }
     question, answer = (_named_like(names, known) for known in (QUESTIONS, ANSWERS))
     is_to_train = use == "training"
-    lists = [name for name in row if name != "rejected" and messages.holds_messages(list_in(row[name]))]
+    lists = [name for name in row if name != REJECTED and messages.holds_messages(list_in(row[name]))]
     is_pair = is_to_train and question != answer and {question, answer} <= {*lists}
     asked = [name for name in lists if not messages.is_answer(list_in(row[name]))]
     if asked and not is_pair and (not is_to_train or answer in (None, *lists)):

@@ -13,6 +13,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any, NamedTuple, TypeGuard
 
+from lit_qlora.data.forms import PREFERENCES
 from lit_qlora.errors import UserError, excerpt, first_line, nearest
 from lit_qlora.storage.files import LFS, LFS_POINTER
 from lit_qlora.text.messages import holds_messages, holds_turns
@@ -30,8 +31,6 @@ _SAVE_IT = "save it as .csv, in UTF-8"
 INSTEAD = {".txt": _NAME_IT, "": _NAME_IT, ".xlsx": _SAVE_IT, ".xls": _SAVE_IT, ".ods": _SAVE_IT}
 """Remedies for files of other endings."""
 COMPRESSED = (*PACKED, ".zip", ".tar", ".tgz", ".7z")
-PREFERENCES = ("chosen", "rejected")
-"""Columns of rows that are not read: where a .csv begins with one, its first line does name the columns."""
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 """Separators of the cells of a .csv, the usual one first."""
 EXAMPLE = '{"question": "…", "answer": "…"}'

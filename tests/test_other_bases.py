@@ -13,15 +13,19 @@ from lit_qlora.data.tokenizer import load_tokenizer
 from lit_qlora.figures.lines import read_lines
 from lit_qlora.model.architectures import ARCHITECTURES, LINEARS
 from lit_qlora.model.base import find_base
+from lit_qlora.model.module import QLoRAModule
 from tests.small_bases import save_base
 
 PAGE = Path(__file__).parents[1] / "docs" / "bases.md"
 
 
-def test_the_page_names_what_is_accepted():
+def test_the_page_and_the_help_name_what_is_accepted():
     text = PAGE.read_text(encoding="utf-8")
     assert re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE) == ["model_type", *ARCHITECTURES]
     assert all(f"`{name}`" in text for name in LINEARS)
+    (named,) = re.findall(r"any (.+) without experts", " ".join((QLoRAModule.__doc__ or "").split()))
+    classes = {name.partition(".")[0] for name in re.split(", | or ", named)}  # Qwen2.5 is a Qwen2
+    assert classes == {one.prefix for one in ARCHITECTURES.values()}
     for file in re.findall(r"`(tests/[\w/]+\.py)`", text):
         assert (PAGE.parents[1] / file).is_file(), file
 

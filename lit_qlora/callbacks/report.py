@@ -95,6 +95,7 @@ class Report(Callback):
             self._say("train", dealt + words.uneven(trainer.accumulate_grad_batches, world().size))
         forecast = foresee(module, data, trainer)
         if forecast:
+            # Of training alone, as its title says: ``forecast.peak`` may be that of sample answers.
             self.forecast_gib = step_memory(forecast.step).reserved / GIB
             for line in words.forecast_lines(forecast):
                 self._say("plan", line)

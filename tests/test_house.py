@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -101,8 +102,13 @@ PROMPT_FORMATS = {"llama2", "own_template", "jinja"}
 """The modules of text/ that are prompt formats, or parts of one."""
 MAKERS = "make_format|from_record|read_format|recorded_format|format_for"
 """The functions that give a prompt format."""
-PARTS = "name|source|title|version|identity|tokens|cache_key"
-"""What distinguishes formats."""
+INTERFACE = {"pieces", "check", "check_system", "chat_template", "described", "modelfile", "notes", "kept", "left_out"}
+INTERFACE |= {"is_given_by", "learns_last_only", "tags_in", "writes", "opens_in_space", "tokenizer_remedy", "title"}
+INTERFACE |= {"system", "is_assumed", "assumption", "marks", "spelled", "end_of_turn", "options", "record", "identity"}
+INTERFACE |= {"cache_key"}
+"""Attributes of a format that others may use."""
+PARTS = r"(options|identity|cache_key|tags|end_of_turn|marks|spelled|title)\b|record\(\)|__class__"
+"""Attributes that distinguish formats, to be passed on or written, and never asked about."""
 NAMES = {"LLAMA_2", "OF_BASE"}
 """Values of data.template, which data/templates.py reads for all others."""
 
@@ -127,15 +133,16 @@ class _Unaliased(ast.NodeTransformer):
     """Puts what distinguishes formats in place of the names that a function gives to it."""
 
     def __init__(self, formats: str) -> None:
-        self.is_part = re.compile(rf"((.+\.)?prompt_format|{formats})\.({PARTS}|record\(\).*)$").match
+        self.is_part = re.compile(rf"({formats})\.({PARTS}).*", re.DOTALL).match
         self.names: dict[str, ast.expr] = {}
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
         assigned = [one for one in ast.walk(node) if isinstance(one, ast.Assign | ast.NamedExpr)]
-        pairs = [
-            (ast.unparse(getattr(one, "targets", [getattr(one, "target", one)])[0]), one.value) for one in assigned
-        ]
-        self.names = {name: value for name, value in pairs if self.is_part(ast.unparse(value))}
+        pairs = [(getattr(one, "targets", [getattr(one, "target", one)])[0], one.value) for one in assigned]
+        for target, value in pairs:
+            if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+                pairs += zip(target.elts, value.elts, strict=False)
+        self.names = {ast.unparse(name): value for name, value in pairs if self.is_part(ast.unparse(value))}
         return self.generic_visit(node)
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
@@ -146,27 +153,55 @@ class _Unaliased(ast.NodeTransformer):
 def test_nobody_outside_text_asks_which_prompt_format_it_has(path: Path) -> None:
     """All that hangs on it is a method of `PromptFormat`."""
     if path.parent.name != "text":
-        _check_format_is_not_asked(ast.parse(path.read_text()), path.name == "templates.py")
+        assert [*_format_questions(ast.parse(path.read_text()), path.name == "templates.py")] == []
 
 
-def _check_format_is_not_asked(tree: ast.Module, reads_option: bool = False) -> None:
-    named = _named_formats(tree)
+@pytest.mark.parametrize(
+    "question",
+    [
+        "if data.prompt_format.name == 'x': pass",
+        "if self.prompt_format.options['template']: pass",
+        "is_own = prompt_format.options['template'] is None",
+        "source = prompt_format.source",
+        "def f(prompt_format):\n  made, tags = 1, prompt_format.options\n  if tags == 2: pass",
+        "def f(found: PromptFormat):\n  return {'</s>': 1}[found.end_of_turn]",
+        "x = isinstance(make_format(None), int)",
+        "x = len(one.prompt_format.tags) > 2",
+        "x = prompt_format.record()['prompt_format'] in names",
+        "if options.data.template == 'llama2': pass",
+        "from lit_qlora.text.formats import LLAMA_2",
+        "match prompt_format.identity:\n  case 1: pass",
+        "x = prompt_format is None or prompt_format.cache_key",
+        "x = type(self.prompt_format) is int",
+    ],
+)
+def test_a_question_about_the_prompt_format_is_found(question: str) -> None:
+    assert [*_format_questions(ast.parse(question))] != []
+
+
+def _format_questions(tree: ast.Module, reads_option: bool = False) -> Iterator[str]:
+    """Lines in which a module asks which prompt format it has."""
+    named = rf"(?:[\w.]+\.)?\bprompt_format|(?:{_named_formats(tree)})|(?:{MAKERS})\(.*\)"
+    which = rf"\b(?:{named})\.(?:{PARTS})|\b(?:isinstance|type)\((?:{named})(?!\w)|'(?:jinja|llama2(?:-chat)?)'"
     for node in ast.walk(_Unaliased(named).visit(tree)):
+        names = set[str]()
         if isinstance(node, ast.ImportFrom):
-            names = {(node.module or "").rpartition(".")[2], *(alias.name for alias in node.names)}
-            assert not (PROMPT_FORMATS if reads_option else PROMPT_FORMATS | NAMES) & names, ast.unparse(node)
-        if isinstance(node, ast.Attribute):
-            assert reads_option or node.attr not in NAMES, ast.unparse(node)
-            assert node.attr != "source" or not re.search(
-                rf"prompt_format$|^({MAKERS})\(|^({named})$", ast.unparse(node.value)
-            ), "options has it"
-        for question in map(ast.unparse, _asked(node)):
-            which = rf"\bprompt_format(\.({PARTS}))?(?![\w.('])|(?<![\w.])({named})\.({PARTS})(?![\w.('])"
-            which += rf"|\b(isinstance|type)\(({named})\b|(prompt_format|{named})\.(record\(\)|__class__)"
-            known = r"'(jinja|llama2-chat)'|\b(Llama2|Template)\b"
-            assert not re.search(f"{which}|{known}", question.replace("prompt_format or make_format()", "")), (
-                f"line {getattr(node, 'lineno', '?')}: {question}"
-            )
+            names = {(node.module or "").rpartition(".")[2], *(alias.name for alias in node.names)} & PROMPT_FORMATS
+        if isinstance(node, ast.ImportFrom | ast.Attribute) and not reads_option:
+            names |= NAMES & {getattr(node, "attr", ""), *(alias.name for alias in getattr(node, "names", ()))}
+        if isinstance(node, ast.Attribute) and re.fullmatch(named, ast.unparse(node.value), re.DOTALL):
+            names |= {node.attr} - INTERFACE
+        if names or any(re.search(which, ast.unparse(_Compared().visit(deepcopy(one)))) for one in _asked(node)):
+            yield f"line {getattr(node, 'lineno', '?')}: {ast.unparse(node)}"
+
+
+class _Compared(ast.NodeTransformer):
+    """Leaves out comparisons with what another format has, under a name: whether two are one says not which it is."""
+
+    def visit_Compare(self, node: ast.Compare) -> ast.expr:
+        sides = (node.left, *node.comparators)
+        is_with_other = isinstance(node.ops[0], ast.Eq | ast.NotEq) and any(isinstance(one, ast.Name) for one in sides)
+        return ast.Constant(True) if is_with_other else node
 
 
 def _asked(node: ast.AST) -> list[ast.expr]:
@@ -192,19 +227,39 @@ def test_no_entry_of_a_table_is_asked_for_by_its_name_elsewhere(path: Path) -> N
     tables = {"architectures.py": ARCHITECTURES, "optimizer.py": OPTIMIZERS, "cards.py": [one.name for one in CARDS]}
     names = {name for file, table in tables.items() if file != path.name for name in table}
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Compare | ast.MatchValue):
-            asked = {part.value for part in ast.walk(node) if isinstance(part, ast.Constant)}
-            assert not asked & names, f"line {node.lineno}: {ast.unparse(node)}"
+        match node:
+            case ast.Compare() | ast.MatchValue():
+                parts = [*ast.walk(node)]
+            case ast.Call(func=ast.Attribute(attr="startswith" | "endswith" | "find" | "count")):
+                parts = [part for one in node.args for part in ast.walk(one)]
+            case _:
+                continue
+        asked = {part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)}
+        found = asked & names | {part for part in asked if len(part) > 3 and any(part in name for name in names)}
+        assert not found, f"line {node.lineno}: {ast.unparse(node)}"
+
+
+FORESEEN = {"foresee", "fits_to_score", "together_on_host", "loading_bytes", "run_folder_bytes", "Forecast"}
+FORESEEN |= {"once_out_of_room", "quickest", "smallest_change", "words", "kept_words", "RESERVE"}
+FORESEEN |= {"find_card", "current_card", "Card", "DEFAULT", "Needs", "Rows", "Samples", "guanaco_lengths"}
+"""Names of forecast/ for other rooms: what a run will need, what to change, and what a forecast is made from."""
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_there_is_one_road_to_a_forecast(path: Path) -> None:
-    """What a run will need is computed by `forecast.foresee`, and nowhere else."""
+    """No other room computes a part of one."""
     if path.parent.name != "forecast":
         tree = ast.parse(path.read_text())
-        called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
-        names = {name.rpartition(".")[2] for node, name in _full_names(tree) if id(node) in called}
-        assert not names & {"Forecast", "Step", "step_of", "scoring_memory"}
+        imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom | ast.Import)]
+        found = {
+            alias.name
+            for node in imports
+            for alias in node.names
+            if "lit_qlora.forecast." in f"{getattr(node, 'module', '')}.{alias.name}."
+        }
+        assert found <= FORESEEN
+        called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+        assert "Forecast" not in called
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -31,11 +31,10 @@ from lit_qlora.figures.report import write_report
 from lit_qlora.figures.samples import answered, ends_in_words, side_by_side
 from lit_qlora.forecast import words
 from lit_qlora.forecast.foresee import foresee
-from lit_qlora.forecast.memory import step_memory
 from lit_qlora.metrics import held_out, held_out_in_words, is_better
 from lit_qlora.place import COMMAND
 from lit_qlora.storage.config_file import flat
-from lit_qlora.storage.files import GIB, SaveError, write_file
+from lit_qlora.storage.files import SaveError, write_file
 from lit_qlora.storage.run import RUNS, RunFolder, newest_run
 from lit_qlora.wording import number_of
 
@@ -95,8 +94,7 @@ class Report(Callback):
             self._say("train", dealt + words.uneven(trainer.accumulate_grad_batches, world().size))
         forecast = foresee(module, data, trainer)
         if forecast:
-            # Of training alone, as its title says: ``forecast.peak`` may be that of sample answers.
-            self.forecast_gib = step_memory(forecast.step).reserved / GIB
+            self.forecast_gib = forecast.in_training_gib
             for line in words.forecast_lines(forecast):
                 self._say("plan", line)
         self._say("run", f"{self.run.path}" + _resumed_in_words(self.resumed_from, module.device.type == "cuda"))

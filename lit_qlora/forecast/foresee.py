@@ -291,6 +291,11 @@ class Forecast:
         return self.peak.on_card / GIB
 
     @property
+    def in_training_gib(self) -> float:
+        """GiB that PyTorch reserves in a training step: sample answers and validations may need more."""
+        return memory.step_memory(self.step).reserved / GIB
+
+    @property
     def card_bytes(self) -> float:
         """Memory of the card."""
         return self.card.memory_gib * GIB

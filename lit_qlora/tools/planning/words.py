@@ -7,15 +7,16 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from lit_qlora.data.batching import epoch_steps, run_steps
-from lit_qlora.forecast import memory, words
+from lit_qlora.forecast import words
 from lit_qlora.forecast.advice import quickest, smallest_change
 from lit_qlora.forecast.foresee import Forecast
 from lit_qlora.forecast.host import loading_bytes
+from lit_qlora.forecast.memory import RESERVE
 from lit_qlora.model.base import Base
 from lit_qlora.wording import duration, number_of, of_number
 
 MAY_FIT = "may fit, what transformers' own layers take beside not counted"
-TIGHT = f"may fit, within {memory.RESERVE:.0%} of the card"
+TIGHT = f"may fit, within {RESERVE:.0%} of the card"
 
 
 class Plan(NamedTuple):
@@ -86,7 +87,7 @@ def _surely(forecast: Forecast) -> str | None:
     """The reason why it only may fit; None if it does."""
     if forecast.is_slow:
         return MAY_FIT
-    return None if forecast.fits(1 - memory.RESERVE) else TIGHT
+    return None if forecast.fits(1 - RESERVE) else TIGHT
 
 
 def _host_lines(plan: Plan) -> Iterator[str]:

@@ -162,12 +162,12 @@ def passing_bar(label: str, total: int, unit: str) -> Iterator[Callable[[int], N
 
 
 @contextmanager
-def bars_of_transformers(label: str) -> Iterator[None]:
-    """Make transformers' bars like ours: called ``label``, shown after a second, gone at the end."""
+def bars_of_transformers() -> Iterator[None]:
+    """Make transformers' bars like ours: called load, shown after a second, gone at the end."""
     from transformers.utils import logging
 
     def bar(_: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        return progress_bar(label, *args, **options | {"leave": False, "delay": 1})
+        return progress_bar("load", *args, **options | {"leave": False, "delay": 1})
 
     before = logging.set_tqdm_hook(bar)
     try:

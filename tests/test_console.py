@@ -112,7 +112,7 @@ def test_all_bars_share_one_thread(monkeypatch):
         monkeypatch.setattr(sys, "stderr", stream)
         progress_bar("validate").close()
         before = threading.active_count()
-        with bars_of_transformers("load"):
+        with bars_of_transformers():
             logging.tqdm(total=3).close()
         bars("download")(total=3).close()
         progress_bar("validate").close()
@@ -143,7 +143,7 @@ def test_transformers_own_bars_are_ours(monkeypatch):
     from transformers.utils import logging
 
     monkeypatch.setattr(sys, "stderr", Terminal())
-    with bars_of_transformers("load"):
+    with bars_of_transformers():
         bar = logging.tqdm(total=3, desc="Loading weights")
         assert bar.desc == "load" and bar.delay == 1 and not bar.leave
         bar.close()

@@ -16,6 +16,8 @@ from lit_qlora.figures.lines import read_lines
 ROWS_SHOWN = 16
 """Number of answers in the table and in the report; ends are counted over all answers, which are all in the file."""
 
+NUM_EXAMPLES = 3
+"""Example questions that the chat page takes from a run."""
 COMPARED, COLUMN = 3, (WIDTH - 6) // 2
 """Answers of base and adapter that are shown side by side, and how wide each is."""
 
@@ -117,14 +119,10 @@ def side_by_side(answers: Sequence[Mapping[str, Any]]) -> list[str]:
     return shown
 
 
-def short_prompts(file: Path, count: int) -> list[str]:
-    """Prompts of up to 100 characters in one line that a run's samples hold.
+def short_prompts(file: Path) -> list[str]:
+    """The first prompts of up to 100 characters in one line in the ``file`` of a run's samples: example questions.
 
     Of any content: a run folder may come from a stranger.
-
-    Args:
-        file: the run's ``samples.jsonl``.
-        count: number of prompts, the first ones.
     """
     found: list[str] = []
     for line in read_lines(file):
@@ -133,7 +131,7 @@ def short_prompts(file: Path, count: int) -> list[str]:
         found = [text for text in texts if 0 < len(text) <= 100 and text.isprintable()]
         if found:
             break
-    return [*dict.fromkeys(found)][:count]
+    return [*dict.fromkeys(found)][:NUM_EXAMPLES]
 
 
 def _sample_rows(line: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -51,7 +51,7 @@ def load_base(base: Base, dtype: torch.dtype, device: torch.device, attention: A
     if device.type == "cpu" and base.shape.num_parameters < ONE_THREAD_BELOW:
         torch.set_num_threads(1)
     try:
-        with bars_of_transformers("load"):
+        with bars_of_transformers():
             model: PreTrainedModel = base.architecture.model_class().from_pretrained(
                 base.location,
                 # By default, it follows config.json and generation_config.json blindly.

@@ -76,6 +76,6 @@ def test_answers_side_by_side_stand_in_their_columns():
 )  # fmt: skip
 def test_short_prompts_are_of_one_line(tmp_path, rows, expected):
     file = tmp_path / "samples.jsonl"
-    assert short_prompts(file, 3) == []
+    assert short_prompts(file) == []
     file.write_text(json.dumps({"step": 0, "answers": rows}) + "\n")
-    assert short_prompts(file, 3) == expected
+    assert short_prompts(file) == expected

@@ -25,8 +25,6 @@ from lit_qlora.tools.answering.tabs import Tab, WebQuestion, Worker, add_message
 
 ASK, STOP = "Ask", "Stop"
 """Labels of the buttons beside a question: words, for those who hear the page."""
-NUM_EXAMPLES = 3
-"""Example questions on the page."""
 OLDEST_GRADIO = (6, 29)
 """The oldest supported gradio, as in requirements-web.txt."""
 
@@ -162,7 +160,7 @@ class Page:
         field = partial(gradio.Number, min_width=120)
         title, base = f"Chat with {self._trained}", answerer.base.public_name
         about = f"{base}, fine-tuned in this run" if answerer.run else f"{base}, with an adapter"
-        examples = short_prompts(answerer.run.samples, NUM_EXAMPLES) if answerer.run else []  # held out
+        examples = short_prompts(answerer.run.samples) if answerer.run else []  # held out
         with gradio.Blocks(title=f"{title} | lit-qlora", analytics_enabled=False, fill_width=True) as blocks:
             gradio.HTML(f"<h1>{escape(title)}</h1><p>{escape(about)}</p>", elem_id="name")
             with gradio.Row(elem_id="columns"):

@@ -118,6 +118,13 @@ def make_model(load):
     return make
 
 
+def run_layers(layers, hidden, places, kept_layers):
+    """The hidden states after the layers, of one micro-batch."""
+    from lit_qlora.model.decoder import MicroBatch, draw_seeds, run_together
+
+    return run_together(layers, [MicroBatch(hidden, places, draw_seeds(layers))], kept_layers)[0]
+
+
 @pytest.fixture(scope="session")
 def gradients():
     """One training step's gradients, by name, the same randomness each time."""

@@ -242,21 +242,6 @@ def _take_apart(layer: Any, weights: Weights, pointwise: Pointwise, buffers: dic
     )
 
 
-def run_layers(layers: Sequence[Layer], hidden: Tensor, places: Places, kept_layers: int) -> Tensor:
-    """The hidden states after the layers, of one micro-batch; see `run_together`.
-
-    Args:
-        layers: all layers, in order.
-        hidden: ``[B, T, h]``, before them.
-        places: of its tokens.
-        kept_layers: number of layers that keep the results of their products.
-
-    Returns:
-        ``[B, T, h]``.
-    """
-    return run_together(layers, [MicroBatch(hidden, places, draw_seeds(layers))], kept_layers)[0]
-
-
 class MicroBatch(NamedTuple):
     """A micro-batch before the layers.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lit_qlora.model.attention import find_places
-from lit_qlora.model.decoder import Layer, run_layers
+from lit_qlora.model.decoder import Layer, MicroBatch, draw_seeds, run_together
 
 MOST = 64
 """Number of recordings kept, the most recently used; a new one takes about as long as three steps."""
@@ -47,7 +47,7 @@ class _Recording(NamedTuple):
 
 
 class Graphs:
-    """Decoder layers in training, replayed from recordings: the results of `decoder.run_layers`, where cuDNN computes
+    """Decoder layers in training, replayed from recordings: the results of `decoder.run_together`, where cuDNN computes
     attention up to its rounding.
 
     Gradients go into its own buffers, which become the ``grad`` of the adapter's weights: there is one set for all
@@ -55,7 +55,7 @@ class Graphs:
 
     Args:
         layers: without dropout, whose masks a recording would repeat.
-        kept_layers: as for `decoder.run_layers`.
+        kept_layers: as for `decoder.run_together`.
         rotary: transformers' rotary embedding of the model.
         uses: how many micro-batches of the run have each padded shape, as far as that is known.
     """
@@ -140,7 +140,8 @@ class Graphs:
             torch.autograd.grad(self._run([layer], hidden, kept), layer.lora, hidden)
 
     def _run(self, layers: Sequence[Layer], hidden: Tensor, kept_layers: int) -> Tensor:
-        return run_layers(layers, hidden, find_places(self.rotary, hidden, (), is_recurrent=True), kept_layers)
+        places = find_places(self.rotary, hidden, (), is_recurrent=True)
+        return run_together(layers, [MicroBatch(hidden, places, draw_seeds(layers))], kept_layers)[0]
 
     def take_gradients(self) -> None:
         """Make the buffers the weights' gradients, with what was accumulated in this optimizer step so far."""

@@ -128,9 +128,10 @@ def _through(model: Any, shards: Any, tokens: int) -> list[Any]:
     import torch
 
     from lit_qlora.model.attention import find_places
-    from lit_qlora.model.decoder import extract_layers, run_layers, weights_of
+    from lit_qlora.model.decoder import extract_layers, weights_of
     from lit_qlora.model.lora import adapter_parameters
     from lit_qlora.model.pointwise import EAGER
+    from tests.tiny_llama import run_layers
 
     inner = model.get_base_model().model
     ids = torch.randint(3, 512, (2, tokens), generator=torch.Generator().manual_seed(tokens)).to(model.device)

@@ -15,13 +15,13 @@ from lit_qlora.model import decoder
 from lit_qlora.model.architectures import ARCHITECTURES, LINEARS
 from lit_qlora.model.attention import _attend_on_gpu, attend, find_places
 from lit_qlora.model.base import find_base
-from lit_qlora.model.decoder import MicroBatch, extract_layers, run_layers, run_together, weights_of
+from lit_qlora.model.decoder import MicroBatch, extract_layers, run_together, weights_of
 from lit_qlora.model.lora import adapter_parameters
 from lit_qlora.model.loss import summed_cross_entropy
 from lit_qlora.model.optimizer import OPTIMIZERS, OptimizerKind
 from lit_qlora.model.shape import LLAMA_2_SIZES, Shape
 from lit_qlora.storage.files import GIB
-from tests.tiny_llama import memory_events
+from tests.tiny_llama import memory_events, run_layers
 
 SEVEN = Shape.of(LLAMA_2_SIZES["7b"])
 TARGETS = {

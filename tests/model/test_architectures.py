@@ -14,7 +14,7 @@ from lit_qlora.model.architectures import ARCHITECTURES
 from lit_qlora.model.attention import find_places
 from lit_qlora.model.base import check_context, find_base
 from lit_qlora.model.config import for_transformers, read_config
-from lit_qlora.model.decoder import extract_layers, run_layers, why_not
+from lit_qlora.model.decoder import extract_layers, why_not
 from lit_qlora.model.fingerprint import fingerprint
 from lit_qlora.model.generate import Sampling, generate
 from lit_qlora.model.graphs import Graphs
@@ -30,6 +30,7 @@ from tests.model.test_graphs import Rerun, embedded, learned
 from tests.model.test_graphs import gradients as gradients_of
 from tests.model.test_graphs import plain as once
 from tests.small_bases import BASES, save_base
+from tests.tiny_llama import run_layers
 
 LENGTHS = (5, 1, 9, 3)
 

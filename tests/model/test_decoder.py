@@ -13,11 +13,12 @@ from lit_qlora.data.batching import collate
 from lit_qlora.model import decoder
 from lit_qlora.model.attention import find_places
 from lit_qlora.model.base import find_base
-from lit_qlora.model.decoder import extract_layers, run_layers, why_not
+from lit_qlora.model.decoder import extract_layers, why_not
 from lit_qlora.model.load import load_base
 from lit_qlora.model.lora import Lora, adapter_parameters, add_lora
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.model.pointwise import EAGER, compiled
+from tests.tiny_llama import run_layers
 
 B, T = 2, 12
 

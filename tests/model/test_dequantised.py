@@ -7,9 +7,10 @@ from bitsandbytes import functional
 from lit_qlora.devices.world import World
 from lit_qlora.model import host, lora
 from lit_qlora.model.attention import find_places
-from lit_qlora.model.decoder import extract_layers, run_layers, weights_of
+from lit_qlora.model.decoder import extract_layers, weights_of
 from lit_qlora.model.lora import adapter_parameters
 from lit_qlora.model.module import QLoRAModule
+from tests.tiny_llama import run_layers
 
 DTYPES = (torch.float32, torch.bfloat16)
 

@@ -13,12 +13,13 @@ from lit_qlora.model import graphs
 from lit_qlora.model.architectures import LINEARS
 from lit_qlora.model.attention import find_places
 from lit_qlora.model.base import find_base
-from lit_qlora.model.decoder import extract_layers, run_layers
+from lit_qlora.model.decoder import extract_layers
 from lit_qlora.model.graphs import Graphs
 from lit_qlora.model.load import load_base
 from lit_qlora.model.lora import Lora, adapter_parameters, add_lora
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.model.pointwise import EAGER, compiled
+from tests.tiny_llama import run_layers
 
 NOT_WITH = "error: model.cuda_graphs: expected auto or false with dropout or dora, or without own_layers, got True"
 

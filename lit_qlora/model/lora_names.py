@@ -9,7 +9,7 @@ PREFIX = "base_model.model."
 
 _NAME = re.compile(
     rf"{re.escape(PREFIX)}(?P<module>model\.layers\.(?P<layer>\d+)\.(?:self_attn|mlp)\.(?P<linear>{'|'.join(LINEARS)})"
-    r"|.+?)\.lora_(?P<part>\w+)(?:\.default)?(?:\.weight|(?P<bias>\.bias))?"
+    r"|.+?)\.lora_(?P<part>\w+(?:\.bias)?)(?:\.default)?(?:\.weight)?"
 )
 
 
@@ -17,6 +17,6 @@ def parse_name(name: str) -> re.Match[str] | None:
     """The parts of the ``name`` of a weight of LoRA, None if it is not one.
 
     They are ``module``, the base's name of the adapted module; for a linear layer of the decoder, its ``layer`` (a
-    number) and ``linear``; ``part``, such as A, B or magnitude_vector; ``bias``, None unless it is the part's bias.
+    number) and ``linear``; and ``part``, such as A, B, B.bias or magnitude_vector.
     """
     return _NAME.fullmatch(name)

@@ -80,7 +80,7 @@ class LoraWeights:
             raise UserError(f"{folder} has lora_bias, and a merge adds to weights, not to biases", option="adapter")
         self._file = folder / ADAPTER_WEIGHTS
         names = filter(None, map(parse_name, stored_shapes(folder)))
-        self._keys = {(f"{name['module']}.weight", name["part"]): name[0] for name in names if not name["bias"]}
+        self._keys = {(f"{name['module']}.weight", name["part"]): name[0] for name in names}
         """peft's names, by that of the base's weight and the part of LoRA."""
 
     @property

@@ -325,23 +325,19 @@ def read_record(folder: Path) -> dict[str, Any]:
     lora_config.check_config(folder, config)
     stored = stored_shapes(folder)
     lora_config.check_ranks(folder, config, stored)
-    elsewhere = next((key for key in sorted(stored) if not ((parts := parse_name(key)) and parts["linear"])), None)
-    if elsewhere and ".lora_" not in elsewhere:
-        raise UserError(
-            f"it holds {elsewhere}, no weight of LoRA: added tokens and layers trained whole can't be used here",
-            place=folder,
-            remedy="if the base has the same, save it again with save_embedding_layers=False",
-        )
-    if elsewhere:
-        parts = parse_name(elsewhere)
-        if not parts:
-            problem = f"{elsewhere} is no name of peft's, expected {PREFIX}….lora_A.weight or its like"
+    for key in sorted(stored):
+        parts = parse_name(key)
+        if not parts and ".lora_" in key:
+            problem = f"{key} is no name of peft's, expected {PREFIX}….lora_A.weight or its like"
             raise UserError(problem, place=folder, remedy="save it with peft (save_pretrained)")
-        raise UserError(
-            f"by adapter_config.json's target_modules it has LoRA on {parts['module']}, which can't be used here",
-            place=folder,
-            remedy=f"expected linear layers of the decoder: {', '.join(LINEARS)}",
-        )
+        if not parts:
+            problem = f"it holds {key}, no weight of LoRA: added tokens and layers trained whole can't be used here"
+            remedy = "if the base has the same, save it again with save_embedding_layers=False"
+            raise UserError(problem, place=folder, remedy=remedy)
+        if not parts["linear"]:
+            problem = f"by adapter_config.json's target_modules it has LoRA on {parts['module']}"
+            remedy = f"expected linear layers of the decoder: {', '.join(LINEARS)}"
+            raise UserError(f"{problem}, which can't be used here", place=folder, remedy=remedy)
     _format(record, folder)
     return record
 

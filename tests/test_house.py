@@ -56,7 +56,7 @@ def _full_names(tree: ast.Module) -> Iterator[tuple[ast.expr, str]]:
 
 
 def test_the_rules_are_of_all_modules_and_tests() -> None:
-    assert len(MODULES) > 150 and len(TESTS) > 100
+    assert len(MODULES) > 150 and len(TESTS) > 100 and len(SCRIPTS) > 20
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -122,11 +122,23 @@ def _named_formats(tree: ast.Module) -> str:
         if "PromptFormat" in ast.unparse(node.annotation)
     }
     for node in ast.walk(tree):
-        if isinstance(node, ast.Assign) and re.match(
-            rf"(\w+\.)*({MAKERS})\(|.*\bprompt_format$", ast.unparse(node.value)
-        ):
-            found |= {ast.unparse(target) for target in node.targets}
+        if isinstance(node, ast.Assign | ast.NamedExpr | ast.comprehension):
+            value = node.iter if isinstance(node, ast.comprehension) else node.value
+            targets = getattr(node, "targets", None) or [getattr(node, "target", node)]
+            if any(re.match(rf"([\w.]+\.)?({MAKERS})\(|([\w.]+\.)?prompt_format$", one) for one in _choices(value)):
+                found |= {ast.unparse(one) for target in targets for one in getattr(target, "elts", [target])}
     return "|".join(map(re.escape, sorted(found))) or "(?!)"
+
+
+def _choices(value: ast.expr) -> Iterator[str]:
+    """The values that an expression may have, or hold."""
+    match value:
+        case ast.IfExp(body=first, orelse=second):
+            yield from (*_choices(first), *_choices(second))
+        case ast.BoolOp(values=values) | ast.Tuple(elts=values) | ast.List(elts=values):
+            yield from (found for one in values for found in _choices(one))
+        case _:
+            yield ast.unparse(value)
 
 
 class _Unaliased(ast.NodeTransformer):
@@ -173,6 +185,12 @@ def test_nobody_outside_text_asks_which_prompt_format_it_has(path: Path) -> None
         "match prompt_format.identity:\n  case 1: pass",
         "x = prompt_format is None or prompt_format.cache_key",
         "x = type(self.prompt_format) is int",
+        "if (one := read_format(folder)).source is None: pass",
+        "one = a.prompt_format if a else None\none.source",
+        "one, two = read_format(a), 1\none.source",
+        "x = [one.name for one in (a.prompt_format, b)]",
+        "x = self.format_for(a).source",
+        "x = a.prompt_format == DEFAULT_FORMAT",
     ],
 )
 def test_a_question_about_the_prompt_format_is_found(question: str) -> None:
@@ -181,18 +199,23 @@ def test_a_question_about_the_prompt_format_is_found(question: str) -> None:
 
 def _format_questions(tree: ast.Module, reads_option: bool = False) -> Iterator[str]:
     """Lines in which a module asks which prompt format it has."""
-    named = rf"(?:[\w.]+\.)?\bprompt_format|(?:{_named_formats(tree)})|(?:{MAKERS})\(.*\)"
+    named = rf"(?:[\w.]+\.)?\bprompt_format|(?:{_named_formats(tree)})|(?:[\w.]+\.)?(?:{MAKERS})\(.*\)"
     which = rf"\b(?:{named})\.(?:{PARTS})|\b(?:isinstance|type)\((?:{named})(?!\w)|'(?:jinja|llama2(?:-chat)?)'"
+    which += rf"|(?:{named}) (?:==|!=|in|not in) "
     for node in ast.walk(_Unaliased(named).visit(tree)):
         names = set[str]()
         if isinstance(node, ast.ImportFrom):
             names = {(node.module or "").rpartition(".")[2], *(alias.name for alias in node.names)} & PROMPT_FORMATS
         if isinstance(node, ast.ImportFrom | ast.Attribute) and not reads_option:
             names |= NAMES & {getattr(node, "attr", ""), *(alias.name for alias in getattr(node, "names", ()))}
-        if isinstance(node, ast.Attribute) and re.fullmatch(named, ast.unparse(node.value), re.DOTALL):
+        if isinstance(node, ast.Attribute) and re.fullmatch(named, ast.unparse(_value(node.value)), re.DOTALL):
             names |= {node.attr} - INTERFACE
         if names or any(re.search(which, ast.unparse(_Compared().visit(deepcopy(one)))) for one in _asked(node)):
             yield f"line {getattr(node, 'lineno', '?')}: {ast.unparse(node)}"
+
+
+def _value(node: ast.expr) -> ast.expr:
+    return node.value if isinstance(node, ast.NamedExpr) else node
 
 
 class _Compared(ast.NodeTransformer):
@@ -200,7 +223,9 @@ class _Compared(ast.NodeTransformer):
 
     def visit_Compare(self, node: ast.Compare) -> ast.expr:
         sides = (node.left, *node.comparators)
-        is_with_other = isinstance(node.ops[0], ast.Eq | ast.NotEq) and any(isinstance(one, ast.Name) for one in sides)
+        is_with_other = isinstance(node.ops[0], ast.Eq | ast.NotEq) and any(
+            isinstance(one, ast.Name) and not one.id.isupper() for one in sides
+        )
         return ast.Constant(True) if is_with_other else node
 
 

@@ -1,7 +1,8 @@
 """Owns the figures of a run: what each is called, how it is written, where it is shown, and which validation is better.
 
-All views read this table. A figure that is not in it is recorded, too, and is in TensorBoard under its own name. Knows
-no run, and computes none of them.
+All views read this table, which has not: the words of the forecast beside the peaks, the report's tiles of memory and
+the groups of their own in TensorBoard, of sample answers and of the best adapter. A figure that is not in it is
+recorded, too, and is in TensorBoard under its own name. Knows no run, and computes none of them.
 """
 
 import math
@@ -16,8 +17,10 @@ class Metric(NamedTuple):
         tag: Group and title in TensorBoard, which a figure of training and a held-out one share; empty: its name.
         chart: Title of its chart in the report, which both share, too.
         form: How a value is written, as in a format string.
-        label: What a held-out figure is, in words: in the terminal's last table, the adapter's card and the report.
+        label: What a held-out figure, or memory, is, in words: in the terminal's last lines, the adapter's card and,
+            if held out, the report.
         line: Its part of a validation's line, with braces for the value.
+        bar: Title of its highest value in the report's chart of memory.
         starts_at_zero: True if the axis of its chart does.
         is_logged: True if a script's fit logs it, for callbacks to monitor; a held-out one always is.
     """
@@ -27,6 +30,7 @@ class Metric(NamedTuple):
     form: str = ""
     label: str = ""
     line: str = ""
+    bar: str = ""
     starts_at_zero: bool = False
     is_logged: bool = False
 
@@ -34,6 +38,10 @@ class Metric(NamedTuple):
         """``value``, a number or its text, as it is shown; a huge one in powers of ten."""
         number = float(value)
         return f"{number:{self.form if abs(number) < 1e6 else '.3g'}}"
+
+
+def _memory(title: str, label: str, bar: str = "") -> Metric:
+    return Metric(f"4 Memory (GiB)/{title}", "", ".2f", label, bar=bar)
 
 
 METRICS = {
@@ -46,9 +54,15 @@ METRICS = {
     "updates/applied": Metric("2 Learning/updates applied"),
     "updates/skipped": Metric("2 Learning/updates skipped"),
     "speed/tokens_per_second": Metric("3 Speed/tokens per second", "Tokens per second", ",.0f", starts_at_zero=True),
-    "speed/padding_share": Metric("3 Speed/share of padding"),
-    "memory/train_reserved_gib": Metric("4 Memory (GiB)/training, reserved"),
-    "memory/predicted_reserved_gib": Metric("4 Memory (GiB)/training, reserved"),
+    "speed/padding_share": Metric("3 Speed/share of padding", "", ".1%"),
+    "memory/load_allocated_gib": _memory("loading, allocated", "load allocated"),
+    "memory/load_reserved_gib": _memory("loading, reserved", "load reserved", "loading"),
+    "memory/train_allocated_gib": _memory("training, allocated", "train allocated"),
+    "memory/train_reserved_gib": _memory("training, reserved", "train reserved", "training"),
+    "memory/validation_allocated_gib": _memory("validation, allocated", "validation allocated"),
+    "memory/validation_reserved_gib": _memory("validation, reserved", "validation reserved", "validation"),
+    "memory/host_gib": _memory("host", "host", "host"),
+    "memory/predicted_reserved_gib": _memory("training, reserved", "predicted reserved"),
     "val/loss": Metric(
         "1 Loss/nats per token", "Loss (nats per token)", ".4f", "held-out loss, nats per token", "held-out loss {:<7}"
     ),
@@ -60,14 +74,19 @@ METRICS = {
 """The figures by their names in the record; of each group, the order in which they are shown."""
 
 
+def is_held_out(name: str) -> bool:
+    """True if the figure ``name``, of this table or not, is one of a validation."""
+    return name.startswith("val/")
+
+
 def held_out() -> dict[str, Metric]:
     """The figures of a validation, by name."""
-    return {name: metric for name, metric in METRICS.items() if name.startswith("val/")}
+    return {name: metric for name, metric in METRICS.items() if is_held_out(name)}
 
 
 def logged() -> list[str]:
     """Names of the figures that a script's fit logs."""
-    return [name for name, metric in METRICS.items() if metric.is_logged or name in held_out()]
+    return [name for name, metric in METRICS.items() if metric.is_logged or is_held_out(name)]
 
 
 def held_out_in_words(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tuple[str, str | None, str]]:

@@ -55,7 +55,8 @@ def test_what_a_validation_and_a_script_have():
     assert [*held_out()][:3] == ["val/loss", "val/perplexity", "val/accuracy"]
     assert {"train/loss", "train/accuracy", "train/gradient_norm", *held_out()} <= {*logged()}
     assert "train/learning_rate" not in logged()
-    assert all(metric.label and metric.form for metric in held_out().values())
+    shown = {**held_out(), **{name: one for name, one in METRICS.items() if name.startswith("memory/")}}
+    assert len(shown) == 11 and all(metric.tag and metric.label and metric.form for metric in shown.values())
 
 
 @pytest.mark.usefixtures("_added")

@@ -23,6 +23,7 @@ class PeakMemory(Callback):
 
     def __init__(self) -> None:
         self.peaks_gib: dict[str, float] = {}
+        """The peaks by their names in the record."""
         self._host = _HostWatch()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -47,20 +48,21 @@ class PeakMemory(Callback):
 
     def _record(self, trainer: Trainer) -> None:
         """Record the peaks of the GPU that holds most, and of all processes on the host."""
-        host = summed({name: peak for name, peak in self.peaks_gib.items() if name == "host"})
+        host = summed({name: peak for name, peak in self.peaks_gib.items() if name == "memory/host_gib"})
         highest_gib = dict(zip(self.peaks_gib, highest(*self.peaks_gib.values()), strict=True))
         self.peaks_gib = highest_gib | host
-        record(trainer, {f"memory/{name}_gib": value for name, value in self.peaks_gib.items()})
+        record(trainer, self.peaks_gib)
 
     def _end(self, phase: str) -> None:
         if torch.cuda.is_available():
             allocated, reserved = (torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB)
-            for name, peak in ((f"{phase}_allocated", allocated), (f"{phase}_reserved", reserved)):
+            for kind, peak in (("allocated", allocated), ("reserved", reserved)):
+                name = f"memory/{phase}_{kind}_gib"
                 self.peaks_gib[name] = max(peak, self.peaks_gib.get(name, 0.0))
             torch.cuda.reset_peak_memory_stats()
         host = self._host.peak_gib()
         if host is not None:
-            self.peaks_gib["host"] = host
+            self.peaks_gib["memory/host_gib"] = host
 
 
 class _HostWatch:

@@ -31,7 +31,7 @@ from lit_qlora.figures.report import write_report
 from lit_qlora.figures.samples import answered, ends_in_words, side_by_side
 from lit_qlora.forecast import words
 from lit_qlora.forecast.foresee import foresee
-from lit_qlora.metrics import held_out, held_out_in_words, is_better
+from lit_qlora.metrics import METRICS, held_out, held_out_in_words, is_better
 from lit_qlora.place import COMMAND
 from lit_qlora.storage.config_file import flat
 from lit_qlora.storage.files import SaveError, write_file
@@ -163,7 +163,7 @@ class Report(Callback):
         print("\n".join(["", *(table and [*table, ""]), *last_samples(self.run), *self._closing()]), flush=True)
 
     def _closing(self) -> list[str]:
-        peaks = [f"{name.replace('_', ' ')} {value:.2f}" for name, value in self.memory.peaks_gib.items()]
+        peaks = [f"{METRICS[name].label} {METRICS[name].written(gib)}" for name, gib in self.memory.peaks_gib.items()]
         if self.forecast_gib is not None:
             peaks.append(f"forecast for training, reserved: {self.forecast_gib:.2f}")
         best = read_result(self.run.adapter) or {}

@@ -6,6 +6,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lit_qlora.callbacks.record import record
 from lit_qlora.callbacks.steps import StepCallback, is_last_step, run_validation, validation_follows
+from lit_qlora.metrics import is_held_out
 
 
 class HeldOutMetrics(StepCallback):
@@ -30,4 +31,4 @@ class HeldOutMetrics(StepCallback):
 
 def held_out_figures(trainer: Trainer) -> dict[str, float]:
     """The figures of the last validation of ``trainer``, by their names in the record."""
-    return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+    return {name: float(value) for name, value in trainer.callback_metrics.items() if is_held_out(name)}

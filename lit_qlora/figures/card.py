@@ -17,7 +17,7 @@ from lit_qlora.data.templates import is_template
 from lit_qlora.figures.charts import CURVES, draw_curves, peak_of
 from lit_qlora.figures.render import filled
 from lit_qlora.figures.samples import ends_in_words
-from lit_qlora.metrics import held_out_in_words
+from lit_qlora.metrics import METRICS, held_out_in_words
 from lit_qlora.options import FREE_TEXTS
 from lit_qlora.storage.config_file import as_yaml
 from lit_qlora.storage.folders import ADAPTER_CONFIG, CARD
@@ -181,9 +181,9 @@ def _cost(figures: Mapping[int, Mapping[str, Any]], step: int, training_s: float
     yield f"{step:,} optimizer steps"
     if training_s:
         yield f"{duration(training_s)} in them"
-    for name in sorted({name for line in figures.values() for name in line if name.startswith("memory/")}):
-        what = name.removeprefix("memory/").removesuffix("_gib").replace("_", " ")
-        yield f"{what} memory at most {peak_of(figures, name) or 0:.2f} GiB"
+    for name, metric in sorted(METRICS.items()):
+        if name.startswith("memory/") and (peak := peak_of(figures, name)) is not None:
+            yield f"{metric.label} memory at most {metric.written(peak)} GiB"
 
 
 def addressed(text: str, to: str) -> str:

@@ -35,13 +35,6 @@ SIZE = 5.6, 3.1
 DOTS = 160
 """Dots per inch of the PNG."""
 
-PEAKS = {
-    "loading": "memory/load_reserved_gib",
-    "training": "memory/train_reserved_gib",
-    "validation": "memory/validation_reserved_gib",
-    "host": "memory/host_gib",
-}
-"""Figures of memory by the titles of their bars."""
 FiguresByStep = Mapping[int, Mapping[str, Any]]
 Points = list[tuple[float, float]]
 
@@ -233,18 +226,20 @@ def _curve(axes: "Axes", figures: FiguresByStep, name: str) -> str:
 
 def _memory(axes: "Axes", figures: FiguresByStep) -> str:
     """A bar for the highest of each moment, of what torch reserves or of the host, and the forecast as a line."""
-    bars = [(title, peak) for title, name in PEAKS.items() if (peak := peak_of(figures, name)) is not None]
+    peaks = [(metric, peak_of(figures, name)) for name, metric in METRICS.items() if metric.bar]
+    bars = [(metric.bar, peak, metric.written(peak)) for metric, peak in peaks if peak is not None]
     if not bars:
         return ""
-    names, values = zip(*reversed(bars), strict=True)
+    names, values, written = zip(*reversed(bars), strict=True)
     drawn = axes.barh(names, values, color=TRAIN_HUE, height=0.55)
-    axes.bar_label(drawn, [f"{value:.2f}" for value in values], padding=4, color=INK)
+    axes.bar_label(drawn, written, padding=4, color=INK)
     forecast = peak_of(figures, "memory/predicted_reserved_gib")
-    words = [f"{name} {value:.2f}" for name, value in bars]
+    words = [f"{name} {shown}" for name, _, shown in bars]
     if forecast is not None:
-        axes.axvline(forecast, color=HELD_OUT_HUE, linewidth=2, label=f"forecast for training: {forecast:.2f}")
+        shown = METRICS["memory/predicted_reserved_gib"].written(forecast)
+        axes.axvline(forecast, color=HELD_OUT_HUE, linewidth=2, label=f"forecast for training: {shown}")
         axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
-        words.append(f"forecast for training {forecast:.2f}")
+        words.append(f"forecast for training {shown}")
     axes.set_xlim(0, max([*values, forecast or 0]) * 1.15 or 1)
     around = max(0.6, 1.6 - len(bars) / 2)  # a single bar is no wall
     axes.set_ylim(-around, len(bars) - 1 + around)

@@ -13,11 +13,11 @@ from typing import Any
 from markupsafe import Markup
 
 from lit_qlora.errors import UserError
-from lit_qlora.figures.charts import charts, peak_of
+from lit_qlora.figures.charts import charts, peak_of, points
 from lit_qlora.figures.lines import damage_words, damaged_lines, read_lines
 from lit_qlora.figures.render import filled
 from lit_qlora.figures.samples import CUT, CUT_BY_CONTEXT, ROWS_SHOWN, answered, ends_in_words
-from lit_qlora.metrics import held_out_in_words
+from lit_qlora.metrics import METRICS, held_out_in_words
 from lit_qlora.place import COMMAND
 from lit_qlora.storage.config_file import as_yaml, read_options
 from lit_qlora.storage.files import write_file
@@ -156,18 +156,18 @@ def _tiles(
     before, after = figures.get(0, {}), figures.get(step, {})
     for title, first, last in held_out_in_words(before, after):
         yield title.capitalize(), last, f"before: {first}" if first and step else ""
-    speeds = [line["speed/tokens_per_second"] for line in figures.values() if "speed/tokens_per_second" in line]
-    if speeds:
-        padding = [line["speed/padding_share"] for line in figures.values() if "speed/padding_share" in line]
-        beside = f"padding: {sum(padding) / len(padding):.1%}" if padding else ""
-        yield "Tokens per second", f"{sorted(speeds)[len(speeds) // 2]:,.0f}", beside
-    reserved, host = (peak_of(figures, f"memory/{name}_gib") for name in ("train_reserved", "host"))
-    forecast = peak_of(figures, "memory/predicted_reserved_gib")
-    if reserved is not None:
-        beside = "" if forecast is None else f"forecast: {forecast:.2f} GiB"
-        yield "GPU memory", f"{reserved:.2f} GiB", beside
-    elif host is not None:
-        yield "Host memory", f"{host:.2f} GiB", "no GPU"
+    speed, share = METRICS["speed/tokens_per_second"], METRICS["speed/padding_share"]
+    if speeds := [value for _, value in points(figures, "speed/tokens_per_second")]:
+        padding = [value for _, value in points(figures, "speed/padding_share")]
+        beside = f"padding: {share.written(sum(padding) / len(padding))}" if padding else ""
+        yield speed.chart, f"{sorted(speeds)[len(speeds) // 2]:{speed.form}}", beside
+    names = ("memory/train_reserved_gib", "memory/host_gib", "memory/predicted_reserved_gib")
+    peaks = ((METRICS[name], peak_of(figures, name)) for name in names)
+    reserved, host, forecast = (peak if peak is None else f"{metric.written(peak)} GiB" for metric, peak in peaks)
+    if reserved:
+        yield "GPU memory", reserved, f"forecast: {forecast}" if forecast else ""
+    elif host:
+        yield "Host memory", host, "no GPU"
     seconds = decided.get("training_s")
     if seconds is not None and _is_number(seconds):
         yield "Training time", duration(seconds), "in steps alone"

@@ -17,14 +17,11 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from lit_qlora.console import note
-from lit_qlora.metrics import METRICS, held_out, is_better
+from lit_qlora.metrics import METRICS, held_out, is_better, is_held_out
 
 PATTERN = "events.out.tfevents.*"
 TRAINING_FOLDER, HELD_OUT_FOLDER, FORECAST_FOLDER = FOLDERS = ("training", "held-out", "forecast")
 """Folders in the run folder, one for each line of a chart."""
-
-GROUPS = {"memory": "4 Memory (GiB)", "samples": "6 Sample answers"}
-"""Groups of figures without a tag of their own, by how their names begin."""
 
 SETTINGS = (
     "model.base", "data.source", "model.rank", "model.alpha", "model.dropout", "model.target_modules",
@@ -188,15 +185,12 @@ class Board:
 
 
 def _place(name: str) -> tuple[str, str]:
-    """Part and tag of the figure ``name``: its own, in its group of `GROUPS`, or as it is called."""
-    group, _, rest = name.partition("/")
-    part = HELD_OUT_FOLDER if group in ("val", "samples") else TRAINING_FOLDER
+    """Part and tag of the figure ``name``: its own, that of sample answers, or as it is called."""
+    if name.startswith("samples/"):
+        return HELD_OUT_FOLDER, f"6 Sample answers/{name.removeprefix('samples/').replace('_', ' ')}"
+    part = HELD_OUT_FOLDER if is_held_out(name) else TRAINING_FOLDER
     part = FORECAST_FOLDER if name.startswith("memory/predicted_") else part
-    own = METRICS[name].tag if name in METRICS else ""
-    if own or group not in GROUPS:
-        return part, own or name
-    words = rest.removesuffix("_gib").replace("train_", "training, ").replace("load_", "loading, ")
-    return part, f"{GROUPS[group]}/{words.replace('validation_', 'validation, ').replace('_', ' ')}"
+    return part, (METRICS[name].tag if name in METRICS else "") or name
 
 
 def _best_tags() -> dict[str, str]:

@@ -64,14 +64,14 @@ def test_the_cards_peaks_stand_under_their_phases(cuda, trainer, tiny, rows, tmp
     memory = PeakMemory()
     made = trainer(memory, HeldOutMetrics(), logger=Record(RunFolder(tmp_path)), val_check_interval=2)
     made.fit(Uses(), datamodule=rows(3))
-    gib = {name: value for name, value in memory.peaks_gib.items() if name != "host"}
+    gib = {name: value for name, value in memory.peaks_gib.items() if name != "memory/host_gib"}
     assert gib == {
-        "load_allocated": 4.0,
-        "load_reserved": 5.0,
-        "validation_allocated": 4.0,
-        "validation_reserved": 5.0,
-        "train_allocated": 9.0,
-        "train_reserved": 10.0,
+        "memory/load_allocated_gib": 4.0,
+        "memory/load_reserved_gib": 5.0,
+        "memory/validation_allocated_gib": 4.0,
+        "memory/validation_reserved_gib": 5.0,
+        "memory/train_allocated_gib": 9.0,
+        "memory/train_reserved_gib": 10.0,
     }
     first, second, third = [*read_lines(path)]
     assert (first["memory/load_allocated_gib"], first["memory/validation_allocated_gib"]) == (4.0, 3.0)

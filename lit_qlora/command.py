@@ -170,7 +170,7 @@ def check_same_run(
     Args:
         run: the run.
         was: its settings, in sections or by dotted names.
-        now: those of the start, likewise.
+        now: those of the start, in sections or by dotted names.
         are_same_rows: as in `settings.refused`.
 
     Raises:

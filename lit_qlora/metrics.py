@@ -40,7 +40,7 @@ class Metric(NamedTuple):
         return f"{number:{self.form if abs(number) < 1e6 else '.3g'}}"
 
 
-def _memory(title: str, label: str, bar: str = "") -> Metric:
+def _of_memory(title: str, label: str, bar: str = "") -> Metric:
     return Metric(f"4 Memory (GiB)/{title}", "", ".2f", label, bar=bar)
 
 
@@ -55,14 +55,14 @@ METRICS = {
     "updates/skipped": Metric("2 Learning/updates skipped"),
     "speed/tokens_per_second": Metric("3 Speed/tokens per second", "Tokens per second", ",.0f", starts_at_zero=True),
     "speed/padding_share": Metric("3 Speed/share of padding", "", ".1%"),
-    "memory/load_allocated_gib": _memory("loading, allocated", "load allocated"),
-    "memory/load_reserved_gib": _memory("loading, reserved", "load reserved", "loading"),
-    "memory/train_allocated_gib": _memory("training, allocated", "train allocated"),
-    "memory/train_reserved_gib": _memory("training, reserved", "train reserved", "training"),
-    "memory/validation_allocated_gib": _memory("validation, allocated", "validation allocated"),
-    "memory/validation_reserved_gib": _memory("validation, reserved", "validation reserved", "validation"),
-    "memory/host_gib": _memory("host", "host", "host"),
-    "memory/predicted_reserved_gib": _memory("training, reserved", "predicted reserved"),
+    "memory/load_allocated_gib": _of_memory("loading, allocated", "load allocated"),
+    "memory/load_reserved_gib": _of_memory("loading, reserved", "load reserved", "loading"),
+    "memory/train_allocated_gib": _of_memory("training, allocated", "train allocated"),
+    "memory/train_reserved_gib": _of_memory("training, reserved", "train reserved", "training"),
+    "memory/validation_allocated_gib": _of_memory("validation, allocated", "validation allocated"),
+    "memory/validation_reserved_gib": _of_memory("validation, reserved", "validation reserved", "validation"),
+    "memory/host_gib": _of_memory("host", "host", "host"),
+    "memory/predicted_reserved_gib": _of_memory("training, reserved", "predicted reserved"),
     "val/loss": Metric(
         "1 Loss/nats per token", "Loss (nats per token)", ".4f", "held-out loss, nats per token", "held-out loss {:<7}"
     ),

@@ -38,9 +38,9 @@ LOGGERS = {
 WARNINGS = (
     # Between Lightning and torch: an old name of the other's, on every start.
     r".*isinstance\(treespec, LeafSpec\)` is deprecated.*",
-    # Between Lightning and jsonargparse: likewise.
+    # Between Lightning and jsonargparse: an old name, too, where options are made into objects.
     r"(?s).*(instantiate_classes|JsonargparseDeprecationWarning).*",
-    # Between peft and transformers: likewise.
+    # Between peft and transformers: an old name, too, of an attribute.
     r".*is_gradient_checkpointing` is deprecated.*",
     # That an adapter with lora_bias can't be merged, which merge says, and that its biases look cut short to peft.
     r".*`lora_bias=True` was passed but the targeted layer.*",

@@ -51,7 +51,7 @@ class Option(NamedTuple):
     Args:
         name: its dotted name.
         type: its plain type; `UNKNOWN` if it can't be read off the sources, None if any text is accepted.
-        default: its default; `UNKNOWN` likewise.
+        default: its default; `UNKNOWN` if it can't be read off the sources.
         help: what help prints of it.
     """
 

@@ -18,8 +18,8 @@ from typing import IO, Any, NamedTuple
 
 from lit_qlora.console import note
 from lit_qlora.metrics import METRICS, held_out, is_better, is_held_out
+from lit_qlora.storage.run import EVENTS_START
 
-PATTERN = "events.out.tfevents.*"
 TRAINING_FOLDER, HELD_OUT_FOLDER, FORECAST_FOLDER = FOLDERS = ("training", "held-out", "forecast")
 """Folders in the run folder, one for each line of a chart."""
 
@@ -86,7 +86,7 @@ class Board:
     def __init__(self, folder: Path, config: str, settings: Mapping[str, Any]) -> None:
         self.folder = folder
         self._config, self._settings = config, settings
-        self._files = {part: sorted((folder / part).glob(PATTERN)) for part in FOLDERS}
+        self._files = {part: sorted((folder / part).glob(f"{EVENTS_START}*")) for part in FOLDERS}
         """Event files of earlier starts by part; after `refresh`, the one of this start."""
         self._is_stale, self._is_doubled = True, False
         self._best: Mapping[str, Any] = {}
@@ -173,9 +173,9 @@ class Board:
     def _new_path(self, part: str) -> Path:
         """A file in the part's folder whose name sorts after the earlier ones, the order in which TensorBoard reads."""
         (self.folder / part).mkdir(exist_ok=True)
-        earlier = (file.name.removeprefix(PATTERN[:-1]).partition(".")[0] for file in self._files[part])
+        earlier = (file.name.removeprefix(EVENTS_START).partition(".")[0] for file in self._files[part])
         seconds = [int(time.time()), *(int(found) + 1 for found in earlier if found.isdigit())]
-        return self.folder / part / f"events.out.tfevents.{max(seconds)}.{socket.gethostname()}.{os.getpid()}.0"
+        return self.folder / part / f"{EVENTS_START}{max(seconds)}.{socket.gethostname()}.{os.getpid()}.0"
 
     def _fail(self, error: OSError) -> None:
         self._is_stale = True

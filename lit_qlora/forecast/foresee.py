@@ -37,7 +37,7 @@ GUANACO = (
     (0, 22), (5, 76), (10, 114), (20, 181), (30, 240), (40, 307), (50, 373), (60, 433), (70, 509), (80, 624),
     (90, 886), (95, 1154), (98, 1636), (99, 1895), (100, 7832),
 )  # fmt: skip
-"""Percentiles of tokens per conversation, measured likewise; the first 259 test rows of the whole set agree."""
+"""Percentiles of tokens per conversation, measured there, too; the first 259 test rows of the whole set agree."""
 
 
 class Needs:

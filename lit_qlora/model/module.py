@@ -493,7 +493,7 @@ class QLoRAModule(LearnsInParts):
             self.shards.keep_pace(backward=True)
 
     def on_validation_start(self) -> None:
-        """Take part in the rest of the step likewise, if a validation falls inside of it."""
+        """Where the base is shared, take part in the rest of the step, if a validation falls inside of it."""
         if self.shards:
             self.shards.keep_pace(backward=True)
 

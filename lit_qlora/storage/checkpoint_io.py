@@ -96,7 +96,7 @@ class FolderCheckpointIO(CheckpointIO):
         Args:
             path: of its folder.
             map_location: Lightning's; has no meaning here.
-            weights_only: Lightning's, likewise: nothing in these files can run code.
+            weights_only: Lightning's; has no meaning here: nothing in these files can run code.
 
         Raises:
             UserError: the path is a URL or a file; as DamagedFolderError: the folder is missing or not intact.

@@ -16,6 +16,7 @@ from typing import IO
 from lit_qlora.console import complain
 from lit_qlora.errors import UserError
 
+LOCK = ".lock"
 _NO_LOCKS_HERE = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL}
 """Errors of network and mounted file systems without locks: the run starts there with a warning."""
 
@@ -38,7 +39,7 @@ class RunLock:
             UserError: another process holds it; the message says which.
         """
         self._run.mkdir(parents=True, exist_ok=True)
-        path = self._run / ".lock"
+        path = self._run / LOCK
         if path.is_dir():
             raise UserError(f"{path} is a folder, expected a file (the run's lock): remove it", option="run")
         with ExitStack() as until_locked:
@@ -58,12 +59,12 @@ class RunLock:
 
     def check(self) -> None:
         """Raises UserError if another process holds it now; passes a file system without locks."""
-        with suppress(OSError), (self._run / ".lock").open("rb") as file:
+        with suppress(OSError), (self._run / LOCK).open("rb") as file:
             if not flock(file.fileno()):
                 raise self._in_use()
 
     def _in_use(self) -> UserError:
-        with (self._run / ".lock").open(encoding="utf-8", errors="replace") as file:
+        with (self._run / LOCK).open(encoding="utf-8", errors="replace") as file:
             holder = file.readline().strip() or "another process"
         return UserError(f"{self._run} is in use by {holder}: wait for it, stop it, or give another --run")
 

@@ -28,11 +28,12 @@ from lit_qlora.storage.folders import (
     recover,
     verify_folder,
 )
-from lit_qlora.storage.lock import RunLock
+from lit_qlora.storage.lock import LOCK, RunLock
 
 RUNS = Path("runs")
 STEP = "step-"
-EVENTS = "*/events.out.tfevents.*"
+EVENTS_START = "events.out.tfevents."
+EVENTS = f"*/{EVENTS_START}*"
 """TensorBoard's files in a run folder: in a folder for each line of a chart."""
 RECORD = "lit_qlora.json"
 """The file in an adapter or a merged model that records its base, its origin and its prompt format."""
@@ -207,7 +208,7 @@ class RunFolder:
         """True if the folder is missing, or holds only what an interrupted start leaves behind."""
         if not self.path.is_dir():
             return True
-        return (self.path / ".lock").is_file() or not any(self.path.iterdir())
+        return (self.path / LOCK).is_file() or not any(self.path.iterdir())
 
     def discard_unless_begun(self) -> None:
         """Remove what a failed start leaves behind, and the folder if nothing else is in it.
@@ -221,8 +222,8 @@ class RunFolder:
             for file in (self.config, self.rows, self.decisions, *events):
                 file.unlink(missing_ok=True)
             _remove_empty([self.checkpoints, *{file.parent for file in events}])
-            if [one.name for one in self.path.iterdir()] in ([], [".lock"]):
-                (self.path / ".lock").unlink(missing_ok=True)
+            if [one.name for one in self.path.iterdir()] in ([], [LOCK]):
+                (self.path / LOCK).unlink(missing_ok=True)
                 self.path.rmdir()
 
     def checkpoint(self, step: int) -> Path:

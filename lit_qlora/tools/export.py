@@ -120,7 +120,7 @@ def _check_convertible(base: Base) -> None:
     """Raises UserError for a merged model that the converter can't read, or would read in another way."""
     if base.in_4_bits:
         problem = f"{base.name} is in 4 bits, which llama.cpp can't convert"
-        raise UserError(problem, option="model", remedy="merge with --dtype float16")
+        raise UserError(problem, option="model", remedy="give one that is not, such as merge writes")
     folder = Path(base.location)
     others = {file.name for file in folder.glob("model*.safetensors")} - {file.name for file in weight_files(base)}
     if others:

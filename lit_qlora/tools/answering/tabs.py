@@ -46,8 +46,9 @@ class Tab(Dialog):
         self.of_adapter: Messages = []
         self.of_base: Messages = []
         self.for_adapter: WebQuestion | None = None
+        """The last question to the adapter, until it is answered."""
         self.for_base: WebQuestion | None = None
-        """The last question to the base, until it is answered; ``for_adapter`` likewise."""
+        """The last question to the base, until it is answered."""
         self.answering = self.stopped = False
 
     @property

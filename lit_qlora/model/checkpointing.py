@@ -14,6 +14,17 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 Checkpointing = Literal["auto", "full", "selective", "none"]
 
 
+def choose_checkpointing(wanted: Checkpointing, on_gpu: bool, own_layers: bool) -> Checkpointing:
+    """Choose what layers keep, as far as no batch has to be known for it.
+
+    Args:
+        wanted: the option; on a CPU, where nothing is short of room, auto is none.
+        on_gpu: True for a GPU.
+        own_layers: False for those of transformers and peft, of which auto keeps none.
+    """
+    return "none" if wanted == "auto" and own_layers and not on_gpu else wanted
+
+
 def checkpoint_layers(layers: torch.nn.ModuleList, mode: Checkpointing) -> None:
     """Make layers recompute in backward what they don't keep.
 

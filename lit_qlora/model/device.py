@@ -223,6 +223,17 @@ def check_compile(wanted: bool | str, device: Device) -> str | None:
     return missing or None
 
 
+def compiles_kernels(wanted: bool | str, on_gpu: bool, lacks: str | None) -> bool:
+    """True if kernels between products are compiled.
+
+    Args:
+        wanted: as ``model.compile``; auto: on a GPU.
+        on_gpu: True for a GPU.
+        lacks: what `check_compile` found.
+    """
+    return lacks is None and (on_gpu if wanted == "auto" else bool(wanted))
+
+
 DTYPES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16, "32-true": torch.float32}
 
 

@@ -15,9 +15,10 @@ from lit_qlora.errors import UserError
 from lit_qlora.model import host
 from lit_qlora.model.attention import find_places
 from lit_qlora.model.base import Base
-from lit_qlora.model.checkpointing import Checkpointing, checkpoint_layers
+from lit_qlora.model.checkpointing import Checkpointing, checkpoint_layers, choose_checkpointing
 from lit_qlora.model.decoder import Layer, MicroBatch, draw_seeds, extract_layers, run_together, weights_of
 from lit_qlora.model.dequantised import Weights
+from lit_qlora.model.device import compiles_kernels
 from lit_qlora.model.graphs import Graphs
 from lit_qlora.model.loss import summed_cross_entropy
 from lit_qlora.model.offload import HostStore
@@ -174,9 +175,10 @@ class ComputesSums(LightningModule):
 
     def _choose_kept(self, dtype: torch.dtype) -> None:
         """Choose what layers keep. On a GPU, ``auto`` waits for `callbacks.warmup`, which knows the batches."""
-        shape, is_auto = self.base.shape, self.checkpointing == "auto"
-        is_open = is_auto and self.device.type == "cpu" and not self.slow_because
-        self.kept_layers = shape.num_layers if is_open or self.checkpointing in ("selective", "none") else 0
+        shape, on_gpu = self.base.shape, self.device.type != "cpu"
+        chosen = choose_checkpointing(self.checkpointing, on_gpu, not self.slow_because)
+        is_open = chosen != self.checkpointing
+        self.kept_layers = shape.num_layers if chosen in ("selective", "none") else 0
         self.dequantised_layers = 0
         if is_open and not self.shards:  # what is shared has no room whole
             layer_bytes = shape.num_quantized // shape.num_layers * dtype.itemsize
@@ -219,10 +221,9 @@ class ComputesSums(LightningModule):
     def _extracted(self) -> list[Layer]:
         """The layers for the current mode."""
         if self.training not in self._layers:
-            compiles = self.device.type == "cuda" if self.compiles == "auto" else self.compiles
-            compiles = compiles and self.eager_because is None
-            self._weights = self._weights or weights_of(self.peft_model, self.shards, compiles)
-            pointwise = compiled() if compiles else EAGER
+            is_compiled = compiles_kernels(self.compiles, self.device.type == "cuda", self.eager_because)
+            self._weights = self._weights or weights_of(self.peft_model, self.shards, is_compiled)
+            pointwise = compiled() if is_compiled else EAGER
             self._layers[self.training] = extract_layers(self.peft_model, pointwise, self._weights)
         return self._layers[self.training]
 

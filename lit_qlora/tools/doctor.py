@@ -202,7 +202,14 @@ def _known(name: str) -> Any:
 def _choices(base: Any, options: Any, fit: list[str]) -> Iterator[Finding]:
     """The choices of that fit on this device, and why."""
     from lit_qlora.data.templates import check_template_of_base
-    from lit_qlora.model.device import AMPERE, choose_precision, current_device
+    from lit_qlora.model.checkpointing import choose_checkpointing
+    from lit_qlora.model.device import (
+        check_attention,
+        check_compile,
+        choose_precision,
+        compiles_kernels,
+        current_device,
+    )
     from lit_qlora.model.optimizer import OPTIMIZERS
 
     check_template_of_base(options["data.template"], base.location)
@@ -210,15 +217,25 @@ def _choices(base: Any, options: Any, fit: list[str]) -> Iterator[Finding]:
     rank, optimizer = options["model.rank"], options["model.optimizer"]
     precision, why = choose_precision(options["trainer.precision"], device, base.shape.num_parameters)
     yield Finding("ok", f"chosen: precision {precision} ({why})")
-    has_flash = device.capability is not None and device.capability >= AMPERE
-    below = "" if has_flash else " (flash_attention_2 needs compute capability 8.0)"
-    yield Finding("ok", f"chosen: attention {options['model.attention']}{below}")
+    check_attention(options["model.attention"], device)
+    no_flash = ""
+    try:
+        check_attention("flash_attention_2", device)
+    except UserError as error:
+        no_flash = f" ({error.problem})"
+    yield Finding("ok", f"chosen: attention {options['model.attention']}{no_flash}")
     state = OPTIMIZERS[optimizer].state_bytes * base.shape.num_lora(rank, options["model.target_modules"])
     yield Finding("ok", f"chosen: optimizer {optimizer} (its state is {size(state)} at rank {rank})")
-    if device.capability is None:
-        yield Finding("ok", "chosen: checkpointing none, compile false (no GPU)")
+    wanted, on_gpu = options["model.compile"], device.capability is not None
+    lacks = check_compile(wanted, device)
+    why = f"{lacks} missing" if lacks else "as asked" if wanted != "auto" else "a GPU" if on_gpu else "no GPU"
+    compiled = f"compile {str(compiles_kernels(wanted, on_gpu, lacks)).lower()} ({why})"
+    if not on_gpu:
+        own_layers = options["model.own_layers"] and not options["model.dora"]
+        chosen = choose_checkpointing(options["model.checkpointing"], on_gpu, own_layers)
+        yield Finding("ok", f"chosen: checkpointing {chosen}, {compiled}")
         return
-    yield Finding("ok", f"chosen: compile {'false' if options['model.compile'] is False else 'true'} (a GPU)")
+    yield Finding("ok", f"chosen: {compiled}")
     from lit_qlora.command import complete
     from lit_qlora.forecast.words import kept_words
     from lit_qlora.tools import plan

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lit_qlora.model import checkpointing
-from lit_qlora.model.checkpointing import checkpoint_layers
+from lit_qlora.model.checkpointing import checkpoint_layers, choose_checkpointing
 
 
 @pytest.fixture
@@ -92,3 +92,14 @@ def test_selective_multiplies_nothing_twice_and_changes_no_bit(make_model, gradi
     assert counts["selective"] == counts["none"]
     assert counts["full"] == counts["none"] + 14
     assert all(torch.equal(found[mode][name], found["none"][name]) for mode in found for name in found["none"])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "on_gpu", "own_layers", "expected"),
+    [
+        ("auto", False, True, "none"), ("auto", True, True, "auto"), ("auto", False, False, "auto"),
+        ("full", False, True, "full"), ("selective", False, True, "selective"),
+    ],
+)  # fmt: skip
+def test_what_auto_is_on_a_cpu(wanted, on_gpu, own_layers, expected):
+    assert choose_checkpointing(wanted, on_gpu, own_layers) == expected

@@ -16,6 +16,7 @@ from lit_qlora.model.device import (
     check_kernels,
     choose_precision,
     compiler_lacks,
+    compiles_kernels,
     compute_dtype,
     current_device,
     seed_by_position,
@@ -128,6 +129,17 @@ def test_without_a_compiler_auto_goes_without_and_says_why(monkeypatch, wanted, 
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     monkeypatch.setattr(Path, "is_file", lambda _: True)
     assert check_compile(wanted, device) == why
+
+
+@pytest.mark.parametrize(
+    ("wanted", "on_gpu", "lacks", "expected"),
+    [
+        ("auto", True, None, True), ("auto", False, None, False), ("auto", True, "triton", False),
+        (True, False, None, True), (True, True, None, True), (False, True, None, False),
+    ],
+)  # fmt: skip
+def test_whether_kernels_are_compiled(wanted, on_gpu, lacks, expected):
+    assert compiles_kernels(wanted, on_gpu, lacks) is expected
 
 
 def test_with_a_compiler_nothing_is_said(monkeypatch):

@@ -72,6 +72,7 @@ def test_where_nothing_is_wrong(diagnose, tmp_path):
     assert "     ok  base: demo may be read, 3.2 MB in 16 bits" in lines
     assert "     ok  bitsandbytes: 4 bits work on the cpu" in lines
     assert "     ok  chosen: precision 32-true (no GPU)" in lines
+    assert "     ok  chosen: checkpointing none, compile false (no GPU)" in lines
     assert list(tmp_path.iterdir()) == []
 
 
@@ -242,14 +243,46 @@ def known(monkeypatch):
     monkeypatch.setattr("lit_qlora.model.base.find_base", lambda name, **_: doctor._known(name))
 
 
-def test_a_t4(diagnose, card, known):
+@pytest.fixture
+def lacks(monkeypatch):
+    """Sets what torch's compiler lacks here."""
+    return lambda *missing: monkeypatch.setattr("lit_qlora.model.device.compiler_lacks", lambda _: [*missing])
+
+
+@pytest.mark.parametrize(
+    ("given", "chosen"),
+    [
+        ("compile: true, checkpointing: full", "checkpointing full, compile true (as asked)"),
+        ("own_layers: false", "checkpointing auto, compile false (no GPU)"),
+        ("dora: true, compile: false", "checkpointing auto, compile false (as asked)"),
+    ],
+)
+def test_the_choices_of_a_fit_on_a_cpu(diagnose, tmp_path, lacks, given, chosen):
+    lacks()
+    config = tmp_path / "mine.yaml"
+    config.write_text(f"model: {{base: demo, {given}}}\n")
+    assert f"     ok  chosen: {chosen}" in diagnose("--config", str(config))
+
+
+def test_what_the_compiler_lacks_decides(diagnose, card, known, lacks, tmp_path):
     card()
+    lacks("triton")
+    assert "     ok  chosen: compile false (triton missing)" in diagnose(*T4)
+    config = tmp_path / "mine.yaml"
+    config.write_text("model: {base: NousResearch/Llama-2-7b-hf, compile: true}\ndata: {template: llama2}\n")
+    assert line(diagnose("--config", str(config), status=2), "fit: model.compile: true needs triton")
+
+
+def test_a_t4(diagnose, card, known, lacks):
+    card()
+    lacks()
     lines = diagnose(*T4)
     assert "     ok  GPU: Tesla T4, compute capability 7.5, driver 550.54.15, 14.56 GiB, 14.40 free" in lines
     assert "     ok  chosen: precision 16-mixed (compute capability 7.5 has no bf16)" in lines
     attention = line(lines, "chosen: attention sdpa")[0]
-    assert attention.endswith(" (flash_attention_2 needs compute capability 8.0)")
+    assert attention.endswith(" (flash_attention_2 needs compute capability 8.0 or above, Tesla T4 has less)")
     text = "\n".join(lines)
+    assert "     ok  chosen: compile true (a GPU)" in lines
     assert re.search(r"chosen: checkpointing auto \(no layer recomputes its activations; \d+ send some to the", text)
     assert re.search(r"ok  (may )?fits?.* of 14\.\d\d GiB", "\n".join(lines))
 
@@ -363,6 +396,7 @@ def test_what_kernels_are_compiled_with(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": "/nowhere"})
     (found,) = surroundings.compiler((7, 5))
+    assert found.kind == "note"  # a fit goes without, unless asked for them
     assert found.text == "compiled kernels: triton and a C compiler and Python's headers missing"
     monkeypatch.undo()
 

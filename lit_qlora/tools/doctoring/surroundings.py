@@ -203,6 +203,8 @@ def _several(torch: Any) -> Iterator[Finding]:
     count = torch.cuda.device_count()
     if count == 1:
         return
+    from lit_qlora.model.device import AMPERE
+
     cards = [
         f"{torch.cuda.get_device_name(gpu)} ({'.'.join(map(str, torch.cuda.get_device_capability(gpu)))}, "
         f"{torch.cuda.get_device_properties(gpu).total_memory / GIB:.2f} GiB)"
@@ -218,7 +220,7 @@ def _several(torch: Any) -> Iterator[Finding]:
     kinds = {torch.cuda.get_device_capability(gpu) for gpu in range(count)}
     if len({*cards}) == 1:
         yield Finding("ok", f"{text}; --trainer.devices {count} trains on all")
-    elif len({kind >= (8, 0) for kind in kinds}) == 1:
+    elif len({kind >= AMPERE for kind in kinds}) == 1:
         yield Finding("ok", f"{text}: {', '.join(cards)}; a step waits for the slowest of those in --trainer.devices")
     else:
         yield Finding(
@@ -276,7 +278,7 @@ def compiler(capability: tuple[int, int]) -> Iterator[Finding]:
 
     if missing := compiler_lacks(capability):
         text = f"compiled kernels: {' and '.join(missing)} missing"
-        yield Finding("problem", text, "install gcc and python3-dev, or give --model.compile false")
+        yield Finding("note", text, "install gcc and python3-dev, or give --model.compile false")
 
 
 def four_bit() -> Iterator[Finding]:

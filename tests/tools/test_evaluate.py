@@ -13,10 +13,10 @@ import torch
 import yaml
 
 from lit_qlora import demo
+from lit_qlora.chosen import choose_adapter
 from lit_qlora.cli import main
 from lit_qlora.data.batching import BatchPlan, collate
 from lit_qlora.tools import evaluate as module
-from lit_qlora.tools.answering.answerer import choose_adapter
 from lit_qlora.tools.scoring.intervals import Compared, Figure
 from lit_qlora.tools.scoring.rows import Scoring
 

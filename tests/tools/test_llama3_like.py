@@ -7,10 +7,11 @@ import pytest
 import yaml
 from transformers import AutoTokenizer, GenerationConfig
 
+from lit_qlora.chosen import choose_adapter
 from lit_qlora.cli import main
 from lit_qlora.model.generate import Sampling, generate
 from lit_qlora.text.conversation import Conversation, Turn
-from lit_qlora.tools.answering.answerer import Answerer, choose_adapter
+from lit_qlora.tools.answering.answerer import Answerer
 from tests.answers import answers
 from tests.llama3_like import END_OF_TEXT, EOT, TEMPLATE, write_base
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from lit_qlora import console, demo
+from lit_qlora.chosen import choose_adapter
 from lit_qlora.cli import main
 from lit_qlora.data.chat_template import messages
 from lit_qlora.data.held_out import Parts
@@ -27,7 +28,7 @@ from lit_qlora.storage.folders import verify_folder
 from lit_qlora.storage.run import RunFolder
 from lit_qlora.text.conversation import Conversation, Turn
 from lit_qlora.tools import merge
-from lit_qlora.tools.answering.answerer import Answerer, choose_adapter
+from lit_qlora.tools.answering.answerer import Answerer
 from lit_qlora.tools.merging import compare
 from lit_qlora.tools.merging.arithmetic import LoraWeights, as_trained
 from lit_qlora.tools.merging.folder import _lies_in

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from transformers import AutoTokenizer
 
+from lit_qlora.chosen import choose_adapter
 from lit_qlora.cli import main
 from lit_qlora.data.chat_template import messages
 from lit_qlora.data.encode import Encoder
@@ -16,7 +17,7 @@ from lit_qlora.data.tokenizer import load_tokenizer
 from lit_qlora.model.lora import read_record
 from lit_qlora.text.conversation import Conversation, Turn
 from lit_qlora.text.formats import make_format
-from lit_qlora.tools.answering.answerer import Answerer, choose_adapter
+from lit_qlora.tools.answering.answerer import Answerer
 
 CHATML = Path(__file__).parents[1] / "templates" / "chatml.jinja"
 SOURCE = CHATML.read_text(encoding="utf-8")

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lit_qlora import demo
+from lit_qlora.chosen import choose_adapter
 from lit_qlora.cli import main
 from lit_qlora.data.tokenizer import load_tokenizer
 from lit_qlora.errors import UserError
@@ -24,7 +25,7 @@ from lit_qlora.text import guanaco
 from lit_qlora.text.conversation import Conversation, Turn
 from lit_qlora.text.formats import make_format
 from lit_qlora.tools import predict as module
-from lit_qlora.tools.answering.answerer import Answer, Answerer, choose_adapter
+from lit_qlora.tools.answering.answerer import Answer, Answerer
 from lit_qlora.tools.answering.unfinished import Unfinished
 from lit_qlora.tools.predict import batches_by_length, open_prompts, read_prompts
 from tests.answers import answers

@@ -203,7 +203,7 @@ def test_settings_that_evaluate_takes(run: Path, capsys: pytest.CaptureFixture[s
 
 def test_options_written_with_dots(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (run / "config.yaml").write_text("model.base: demo\ndata.system: Be brief.\ntrainer.callbacks+: Timer\n")
-    from lit_qlora.tools.answering.answerer import choose_adapter
+    from lit_qlora.chosen import choose_adapter
 
     chosen = choose_adapter("run")
     assert chosen.base.name == "demo" and chosen.options["data"]["system"] == "Be brief."
@@ -213,11 +213,11 @@ def test_options_written_with_dots(run: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_what_takes_the_first_seconds_is_said_of_a_run_and_of_an_adapter(
     run: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, str]
 ) -> None:
-    from lit_qlora.tools.answering import answerer
+    from lit_qlora import chosen
 
     said = list[None]()
-    monkeypatch.setattr(answerer, "_say_imports", lambda: said.append(None))
-    answerer.choose_adapter(**given)
+    monkeypatch.setattr(chosen, "_say_imports", lambda: said.append(None))
+    chosen.choose_adapter(**given)
     assert said == [None]
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lit_qlora import demo
+from lit_qlora.chosen import ResolvedAdapter
 from lit_qlora.data.encode import Encoder
 from lit_qlora.data.records import Reading, load_records
 from lit_qlora.data.run_rows import RunRows
@@ -22,7 +23,6 @@ from lit_qlora.errors import UserError
 from lit_qlora.model import load, lora
 from lit_qlora.model.base import Base, find_base
 from lit_qlora.text.conversation import Conversation
-from lit_qlora.tools.answering.answerer import ResolvedAdapter
 from lit_qlora.tools.merging.streamed import streamed_logits
 
 LARGEST_DIFFERENCE = {"float16": 0.25, "bfloat16": 2.0, "float32": 1e-3}

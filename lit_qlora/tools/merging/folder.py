@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from lit_qlora.chosen import ResolvedAdapter
 from lit_qlora.console import counted, say
 from lit_qlora.data.chat_template import check_template, config_ids, write_tokenizer
 from lit_qlora.data.encode import Encoder
@@ -27,7 +28,6 @@ from lit_qlora.storage.folders import CARD, write_folder
 from lit_qlora.storage.run import RECORD
 from lit_qlora.storage.weight_files import write_shards
 from lit_qlora.text.conversation import Conversation
-from lit_qlora.tools.answering.answerer import ResolvedAdapter
 from lit_qlora.tools.merge import BYTES, DType, Onto
 from lit_qlora.tools.merging import compare
 from lit_qlora.tools.merging.arithmetic import LoraWeights, StoredWeights, merged_tensors

@@ -12,6 +12,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from lit_qlora.batch import Batch
+from lit_qlora.chosen import ResolvedAdapter
 from lit_qlora.console import progress_bar
 from lit_qlora.data.batching import BatchPlan
 from lit_qlora.data.datamodule import ChatDataModule
@@ -19,7 +20,6 @@ from lit_qlora.devices.asked import Precision
 from lit_qlora.errors import UserError
 from lit_qlora.model.loss import token_cross_entropies
 from lit_qlora.model.module import QLoRAModule
-from lit_qlora.tools.answering.answerer import ResolvedAdapter
 from lit_qlora.tools.scoring.intervals import Array
 from lit_qlora.trainer import QLoRATrainer
 

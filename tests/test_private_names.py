@@ -12,6 +12,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from enum import Enum
 from pathlib import Path
 from typing import TypeGuard
 
@@ -48,7 +49,7 @@ USED = {
 PUBLIC = {"_asdict", "_replace", "_exit", "_fail_with_undefined_error", "_gib"}
 """Documented in spite of the underscore: named tuples', os._exit, and jinja2.Undefined's; and a unit of figures."""
 
-MADE_BY_METACLASS = {"_abc_impl", "_backward_cls", "_is_protocol", "_is_runtime_protocol"}
+MADE_BY_METACLASS = {"_abc_impl", "_backward_cls", "_is_protocol", "_is_runtime_protocol", *vars(Enum("Any", []))}
 """Names that each class has by its metaclass: nobody wrote them."""
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lit_qlora.data.records import NOT_LEARNED, UNANSWERED
+from lit_qlora.data.records import Lost
 from lit_qlora.wording import duration, number_of, of_number
 
 
@@ -10,7 +10,8 @@ from lit_qlora.wording import duration, number_of, of_number
     ("words", "one"),
     [
         ("rows", "row"), ("micro-batches", "micro-batch"), ("processes of 3 machines", "process of 3 machines"),
-        (UNANSWERED, "unanswered last turn dropped"), (NOT_LEARNED, "last answer dropped: not to be learned"),
+        (Lost.UNANSWERED.value, "unanswered last turn dropped"),
+        (Lost.NOT_LEARNED.value, "last answer dropped: not to be learned"),
         ("rows left out: some texts have no answers", "row left out: some texts have no answers"),
         ("texts longer than 80 tokens", "text longer than 80 tokens"),
         ("left out: no answer within", "left out: no answer within"), ("sparrows", "sparrows"),

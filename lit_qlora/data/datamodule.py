@@ -27,7 +27,7 @@ from lit_qlora.data.batching import (
 )
 from lit_qlora.data.cache import EncodedRows, encode_records
 from lit_qlora.data.chat_template import write_tokenizer
-from lit_qlora.data.encode import CONTEXT_ONLY, Encoder, TrainOn
+from lit_qlora.data.encode import Encoder, TrainOn
 from lit_qlora.data.forms import Form
 from lit_qlora.data.held_out import Parts
 from lit_qlora.data.records import Reading, Records
@@ -425,13 +425,14 @@ class ChatDataModule(LightningDataModule):
                 lines.append("; ".join([f"{part}: {len(source.conversations):,} of {source.name}", *_counted(source)]))
             of_parts = {what for source in records.parts for what in source.dropped}
             dropped = _counted(records, of_parts)
-            encoded = {
-                f"conversations cut to {self.max_length} tokens": rows.num_cut,
-                f"texts longer than {self.max_length} tokens, divided: each stands in several rows": rows.num_divided,
-                CONTEXT_ONLY: sum(map(self.encoder.num_context_only, records.conversations)),
-                f"conversations left out: no answer within {self.max_length} tokens": rows.num_left_out,
-            }
-            dropped += [number_of(count, what) for what, count in encoded.items() if count]
+            longest = f"{self.max_length} tokens"
+            encoded = (
+                (rows.num_cut, f"conversations cut to {longest}"),
+                (rows.num_divided, f"texts longer than {longest}, divided: each stands in several rows"),
+                self.encoder.context_only(records.conversations),
+                (rows.num_left_out, f"conversations left out: no answer within {longest}"),
+            )
+            dropped += [number_of(count, what) for count, what in encoded if count]
             dropped += self.notes[part]
             if dropped:
                 lines.append(f"{part}: " + "; ".join(dropped))

@@ -31,8 +31,6 @@ TrainOn = Literal["answers", "all"]
 UNFINISHED = "\ufffd"
 """What a decoder shows for bytes that are no character yet."""
 
-CONTEXT_ONLY = "earlier answers as context only: the template writes them otherwise than where it asks for one"
-
 CONVERSATIONS_PER_CALL = 512
 """Number of conversations per call of the tokenizer, which processes a list on all cores."""
 
@@ -211,11 +209,11 @@ class Encoder:
                 labels += [IGNORE_INDEX] * len(ids)
         return Example(input_ids[:end], labels[:end], was_cut=end < size)
 
-    def num_context_only(self, conversation: Conversation) -> int:
-        """Number of answers of ``conversation`` that are context only: the format rewrites them once others follow."""
-        if conversation.is_text or not self.prompt_format.learns_last_only(conversation):
-            return 0
-        return sum(turn.learned for turn in conversation.turns[1:-1:2])
+    def context_only(self, conversations: Sequence[Conversation]) -> tuple[int, str]:
+        """Number of answers of ``conversations`` that the format rewrites once others follow, and what they are."""
+        rewritten = (one for one in conversations if not one.is_text and self.prompt_format.learns_last_only(one))
+        words = "earlier answers as context only: the template writes them otherwise than where it asks for one"
+        return sum(turn.learned for one in rewritten for turn in one.turns[1:-1:2]), words
 
     def _may_be_learned(self, conversation: Conversation, pieces: Sequence[Piece]) -> Iterator[bool]:
         """True for each piece whose turn may be learned. Prompts and answers are the turns in order, one each."""

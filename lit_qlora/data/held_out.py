@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from lit_qlora.data.records import (
     ANY_FORM,
-    UNANSWERED,
     Kept,
+    Lost,
     Reading,
     Records,
     check_early,
@@ -353,8 +353,8 @@ def _divide(records: Records, drawn: set[Conversation]) -> tuple[Records, Record
     held_out, kept = (
         [one for one in records.kept if (one.conversation in drawn) is is_out] for is_out in (True, False)
     )
-    others = {what: number for what, number in records.dropped.items() if what != UNANSWERED}
+    dropped = records.dropped | {Lost.UNANSWERED.value: 0} | count_unanswered(kept)
     return (
-        replace(records, kept=kept, dropped=count_unanswered(kept) | others),
+        replace(records, kept=kept, dropped={what: number for what, number in dropped.items() if number}),
         Records(f"{records.name}, held out", held_out, count_unanswered(held_out)),
     )

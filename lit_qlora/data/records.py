@@ -8,6 +8,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -22,10 +23,6 @@ from lit_qlora.text.conversation import Conversation
 from lit_qlora.text.formats import PromptFormat, make_format
 from lit_qlora.text.messages import Read
 
-UNANSWERED = "unanswered last turns dropped"
-NOT_LEARNED = "last answers dropped: not to be learned"
-NOTHING_ANSWERED = "nothing answered"
-NOTHING_LEARNED = "no answer is to be learned"
 BROKEN = "rows left out: no whole conversation, the first at "
 TAKEN_OFF = "rows had special tokens written out at the edges of turns, which were taken off: "
 UNUSED = "rows with what is not used: "
@@ -89,16 +86,28 @@ class Reading(NamedTuple):
 ANY_FORM = Reading()
 
 
+class Lost(Enum):
+    """What a conversation lost to become one that can be learned, or why it can't become one; its value is in words."""
+
+    NOTHING = ""
+    UNANSWERED = "unanswered last turns dropped"
+    NOT_LEARNED = "last answers dropped: not to be learned"
+    ALL_UNANSWERED = "nothing answered"
+    ALL_NOT_LEARNED = "no answer is to be learned"
+
+
 class LeftOut(NamedTuple):
     """Where a row stands that no conversation was made of, and why.
 
     Args:
         where: its place, such as ``rows.jsonl:17``.
         reason: the error, in words.
+        lost: how all of it was lost; nothing for a row that can't be read or held, or that is for another split.
     """
 
     where: str
     reason: str
+    lost: Lost = Lost.NOTHING
 
 
 @dataclass(frozen=True)
@@ -145,7 +154,7 @@ class Records:
 def count_unanswered(kept: Iterable[Kept]) -> dict[str, int]:
     """The count of conversations in ``kept`` that lost a last turn, as `Records.dropped` has it; empty without any."""
     count = sum(one.lost_turn for one in kept)
-    return {UNANSWERED: count} if count else {}
+    return {Lost.UNANSWERED.value: count} if count else {}
 
 
 def load_records(
@@ -203,9 +212,9 @@ def check_early(source: Source, split: str, reading: Reading = ANY_FORM, seed: i
             return
         try:
             read = _conversation_of(row, reading)
-            conversation, reason = _trainable(read.conversation)
+            conversation, lost = _trainable(read.conversation)
             if conversation is None:
-                counts.dropped[reason] += 1
+                counts.dropped[lost.value] += 1
                 counts.add(read)
                 num_unused += 1
         except UserError as fault:
@@ -370,7 +379,7 @@ def _listed_names(names: Counter[str]) -> str:
 
 def _to_records(name: str, rows: list[Row], reading: Reading) -> Records:
     counts = Counts()
-    kept, lost = list[Kept](), list[LeftOut]()
+    kept, others = list[Kept](), list[LeftOut]()
     faults: list[tuple[str, UserError]] = []
     left_out = ""
     _check_columns(name, rows, reading)
@@ -382,13 +391,13 @@ def _to_records(name: str, rows: list[Row], reading: Reading) -> Records:
                 raise
             why = fault.__cause__ if isinstance(fault.__cause__, RowError) else fault.problem
             faults.append((f"{row.where} ({why})", fault))
-            lost.append(LeftOut(row.where, str(why)))
+            others.append(LeftOut(row.where, str(why)))
             continue
         counts.add(read)
-        conversation, reason = _trainable(read.conversation)
+        conversation, lost = _trainable(read.conversation)
         if conversation is None:
-            counts.dropped[f"rows left out: {reason}"] += 1
-            lost.append(LeftOut(row.where, reason))
+            counts.dropped[f"rows left out: {lost.value}"] += 1
+            others.append(LeftOut(row.where, lost.value, lost))
             continue
         try:
             reading.prompt_format.pieces(conversation)
@@ -397,18 +406,18 @@ def _to_records(name: str, rows: list[Row], reading: Reading) -> Records:
                 raise SourceError(row.where, str(error), "mend or delete this row, or leave out data.strict") from error
             left_out = left_out or reading.prompt_format.left_out(row.where, error)
             counts.dropped[left_out] += 1
-            lost.append(LeftOut(row.where, str(error)))
+            others.append(LeftOut(row.where, str(error)))
             continue
-        kept.append(Kept(conversation, row.where, reason == UNANSWERED))
-        if reason and reason != UNANSWERED:
-            counts.dropped[reason] += 1
+        kept.append(Kept(conversation, row.where, lost is Lost.UNANSWERED))
+        if lost is Lost.NOT_LEARNED:
+            counts.dropped[lost.value] += 1
     if _is_misread(len(faults), len(rows), reading):
         raise faults[0][1]
     if faults:
         counts.dropped[f"{BROKEN}{faults[0][0]}"] = len(faults)
     if not kept:
         raise _nothing(name, counts)
-    return Records(name, kept, count_unanswered(kept) | counts.in_words(), lost)
+    return Records(name, kept, count_unanswered(kept) | counts.in_words(), others)
 
 
 def _check_columns(name: str, rows: list[Row], reading: Reading) -> None:
@@ -441,15 +450,15 @@ def _conversation_of(row: Row, reading: Reading) -> Read:
         raise SourceError(row.where, f"{error}; got {excerpt(row.value)}", error.remedy) from error
 
 
-def _trainable(conversation: Conversation | None) -> tuple[Conversation | None, str]:
-    """``conversation`` up to its last answer that is learned; without any, None. And what was dropped, in words."""
+def _trainable(conversation: Conversation | None) -> tuple[Conversation | None, Lost]:
+    """``conversation`` up to its last answer that is learned; without any, None. And what was lost."""
     if conversation is None:
-        return None, NOTHING_ANSWERED
+        return None, Lost.ALL_UNANSWERED
     turns = conversation.turns
     answered = turns if conversation.is_answered else turns[:-1]
     if not answered:
-        return None, NOTHING_ANSWERED
-    reason = UNANSWERED if len(answered) < len(turns) else ""
+        return None, Lost.ALL_UNANSWERED
+    lost = Lost.UNANSWERED if len(answered) < len(turns) else Lost.NOTHING
     while answered and not answered[-1].learned:
-        answered, reason = answered[:-2], NOT_LEARNED
-    return (replace(conversation, turns=answered), reason) if answered else (None, NOTHING_LEARNED)
+        answered, lost = answered[:-2], Lost.NOT_LEARNED
+    return (replace(conversation, turns=answered), lost) if answered else (None, Lost.ALL_NOT_LEARNED)

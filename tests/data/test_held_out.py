@@ -293,6 +293,13 @@ def test_each_side_counts_its_own_unanswered_turns():
         assert odd > 1
 
 
+def test_a_side_without_unanswered_turns_counts_none():
+    kept = [Kept(said("a", "b"), lost_turn=True), Kept(said("c", "d"))]
+    undivided = Records("rows", kept, {"unanswered last turns dropped": 1, "x": 1})
+    train, held_out = _divide(undivided, {said("a", "b")})
+    assert (train.dropped, held_out.dropped) == ({"x": 1}, {"unanswered last turns dropped": 1})
+
+
 @pytest.mark.parametrize(("splits", "expected"), [(["train", "test"], "test"), (["train"], "train")])
 def test_a_validation_source_on_the_hub(ten, monkeypatch, splits, expected):
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda source: splits)

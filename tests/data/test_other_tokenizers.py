@@ -156,12 +156,9 @@ def test_answers_that_no_prompt_leads_to_are_not_learned(tmp_path, encoder_of):
     assert set(example.labels[: len(prompt)]) == {IGNORE_INDEX}
     write_tokenizer(tmp_path, encoder, 512)
     check_template(tmp_path, encoder, OPEN)  # asked by others, who don't say that there be no thoughts
-    assert [encoder.num_context_only(one) for one in (talk, said("Ann", "Tom"), said(*"abcdef", system="S"))] == [
-        1,
-        0,
-        2,
-    ]
-    assert encoder_of("qwen").num_context_only(talk) == 0
+    talks = talk, said("Ann", "Tom"), said(*"abcdef", system="S")
+    assert [encoder.context_only([one])[0] for one in talks] == [1, 0, 2]
+    assert (encoder.context_only(talks)[0], encoder_of("qwen").context_only(talks)[0]) == (3, 0)
 
 
 @pytest.mark.parametrize("name", ["qwq", "qwen 3, made to think", "smollm3: a date"])

@@ -5,7 +5,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from lit_qlora.data.records import Reading, check_early, load_records
+from lit_qlora.data.records import Lost, Reading, check_early, load_records
 from lit_qlora.data.row import read_row
 from lit_qlora.data.sources import sources_of
 from lit_qlora.errors import UserError
@@ -374,10 +374,11 @@ def test_each_conversation_and_each_row_left_out_knows_where_it_stands():
     rows += [text("f", "g")] * 9
     records = load_records(write("a.jsonl", *rows))
     assert records.where == ["a.jsonl:1", "a.jsonl:4", *(f"a.jsonl:{line}" for line in range(6, 15))]
-    assert [where for where, _ in records.left_out] == ["a.jsonl:2", "a.jsonl:3", "a.jsonl:5"]
+    assert [where for where, *_ in records.left_out] == ["a.jsonl:2", "a.jsonl:3", "a.jsonl:5"]
     assert records.left_out[0].reason == "nothing answered"
+    assert [lost for *_, lost in records.left_out] == [Lost.ALL_UNANSWERED, Lost.NOTHING, Lost.NOTHING]
     words = ("nothing answered", "[INST]", "expected an object")
-    assert all(word in reason for word, (_, reason) in zip(words, records.left_out, strict=True))
+    assert all(word in reason for word, (_, reason, _) in zip(words, records.left_out, strict=True))
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="no real rows beside the checkout")

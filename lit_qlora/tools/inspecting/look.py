@@ -15,8 +15,7 @@ from lit_qlora.batch import Batch
 from lit_qlora.console import progress_bar
 from lit_qlora.data.batching import BatchPlan, epoch_steps, sizes_of
 from lit_qlora.data.datamodule import ChatDataModule
-from lit_qlora.data.encode import CONTEXT_ONLY
-from lit_qlora.data.records import NOTHING_ANSWERED, NOTHING_LEARNED, LeftOut, Records, is_at, no_row
+from lit_qlora.data.records import LeftOut, Lost, Records, is_at, no_row
 from lit_qlora.data.view import Token, tokens
 from lit_qlora.errors import UserError
 from lit_qlora.text.conversation import Conversation
@@ -203,10 +202,10 @@ def _judge_part(data: ChatDataModule, name: str, judge: Judge, found: list[Found
         PARTS[name], records.name, records.conversations, records.where, _losses_of(records), records.left_out, sources,
         data.notes[name],
     )  # fmt: skip
-    part.dropped.append((sum(map(judge.encoder.num_context_only, records.conversations)), CONTEXT_ONLY))
-    for where, reason in records.left_out:
-        if reason != NOTHING_LEARNED:  # as its weights ask for
-            kind = "nothing" if reason == NOTHING_ANSWERED else "unread"
+    part.dropped.append(judge.encoder.context_only(records.conversations))
+    for where, reason, lost in records.left_out:
+        if lost is not Lost.ALL_NOT_LEARNED:  # as its weights ask for
+            kind = "nothing" if lost is Lost.ALL_UNANSWERED else "unread"
             found.append(Found(where, Fault(kind, reason)))
     loader = data.train_dataloader() if name == "train" else data.val_dataloader()
     by_row = {number: row for batch in loader for number, row in _batch_rows(batch, encoded.lengths)}
@@ -274,7 +273,7 @@ def _choose(parts: Sequence[Part], count: int, row: str | None) -> list[tuple[in
                     raise UserError("nothing of it is learned, so no batch holds it", option="row", place=where)
                 return [(side, number)]
     for part in parts:
-        for where, reason in part.left_out:
+        for where, reason, _ in part.left_out:
             if is_at(where, row):
                 raise UserError(f"it is left out: {reason}", option="row", place=where)
     raise no_row(parts[0].source, row)

@@ -31,9 +31,6 @@ from lit_qlora.storage.run import RunFolder, folder_to_score
 from lit_qlora.storage.state import load_state
 from lit_qlora.wording import number_of
 
-BY_CHECKPOINT = ("model.base", "model.adapter", "trainer.precision", "trainer.max_steps", "trainer.max_epochs")
-"""Settings whose change matters or not by the run's newest checkpoint."""
-
 
 def choose_run(
     default: RunFolder, mirror: Path | None, config: Mapping[str, Any], base: Base, data: ChatDataModule
@@ -85,7 +82,7 @@ def _unlike_checkpoint(
     run: RunFolder, first: Mapping[str, Any], config: Mapping[str, Any], base: Base
 ) -> list[settings.ChangedSetting]:
     """The changes of settings with which the run's newest checkpoint can't resume."""
-    changes = [change for change in settings.differences(first, config) if change.name in BY_CHECKPOINT]
+    changes = [change for change in settings.differences(first, config) if change.name in settings.BY_CHECKPOINT]
     record = _newest_record(run) if changes else {}
     return [change for change in changes if _matters(change.name, run, record, config, base)]
 
@@ -107,6 +104,8 @@ def _matters(name: str, run: RunFolder, record: Mapping[str, Any], config: Mappi
         )
     if run.finished():
         return False
+    # Whether it is shorter, by its options alone: no row is read yet that would tell the steps of an epoch, by which
+    # `RunIdentity` refuses it.
     was, now = lengths(record["settings"]), lengths(config)
     return 0 < now["max_steps"] < record["steps"] or (
         now["max_steps"] == was["max_steps"] and 0 < now["max_epochs"] < was["max_epochs"]

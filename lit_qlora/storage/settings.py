@@ -9,6 +9,14 @@ from typing import Any, NamedTuple
 
 from lit_qlora.storage.config_file import flat
 
+BY_CHECKPOINT: Mapping[str, str] = {
+    "trainer.max_epochs": "longer is allowed, shorter is not",
+    "trainer.max_steps": "longer is allowed, shorter is not",
+    "trainer.precision": "auto and its choice are the same",
+    "model.base": "a copy elsewhere is the same base, and has the same tokenizer",
+    "model.adapter": "a copy elsewhere is the same adapter",
+}
+"""Settings whose change matters or not by the run's newest checkpoint, which is compared with what they come to."""
 MAY_CHANGE: Mapping[str, str] = {
     # Saving and logging: no number of the training depends on them.
     "save_every_steps": "saving changes no number",
@@ -42,12 +50,7 @@ MAY_CHANGE: Mapping[str, str] = {
     "trainer.num_nodes": "how fast, not what is learned",
     "trainer.deterministic": "which of a GPU's kernels",
     "trainer.benchmark": "which of a GPU's kernels",
-    # Compared with the checkpoint itself: see callbacks/identity.py.
-    "trainer.max_epochs": "longer is allowed, shorter is not",
-    "trainer.max_steps": "longer is allowed, shorter is not",
-    "trainer.precision": "auto and its choice are the same",
-    "model.base": "a copy elsewhere is the same base, and has the same tokenizer",
-    "model.adapter": "a copy elsewhere is the same adapter",
+    **BY_CHECKPOINT,
 }
 ROW_SETTINGS = ("data.source", "data.validation_source")
 """Settings that say where rows are; they may change if the rows are the same, which shows once they are read."""

@@ -22,6 +22,7 @@ from lit_qlora.model.fingerprint import fingerprint
 from lit_qlora.model.lora import Lora, read_weights, weights_digest
 from lit_qlora.model.lora_config import require_adapter
 from lit_qlora.model.module import QLoRAModule
+from lit_qlora.model.optimizer import OPTIMIZERS
 from lit_qlora.storage import settings
 from lit_qlora.storage.adapter import is_adapter, mend_adapter, require_trained
 from lit_qlora.storage.checkpoint_io import check_checkpoint, run_record
@@ -206,7 +207,8 @@ def check_room(run: RunFolder, module: QLoRAModule, keep_checkpoints: int) -> No
     """
     num_trained = module.base.shape.num_lora(module.lora.rank, module.lora.target_modules)
     here = (file for folder in (run.adapter, run.checkpoints) for file in folder.rglob("*") if file.is_file())
-    needed_bytes = run_folder_bytes(num_trained, keep_checkpoints) - sum(file.stat().st_size for file in here)
+    needed_bytes = run_folder_bytes(num_trained, keep_checkpoints, OPTIMIZERS[module.optimizer_name].states)
+    needed_bytes -= sum(file.stat().st_size for file in here)
     remedy = "lower model.rank, or give another folder with --run"
     require_room(run.path, needed_bytes, f"{run.path}, with its checkpoints,", option="run", remedy=remedy)
     copies = Copies(module.quantized_cache)

@@ -15,14 +15,15 @@ def loading_bytes(largest: int) -> int:
     return LIBRARIES + 2 * largest
 
 
-def run_folder_bytes(num_trained: int, keep_checkpoints: int) -> int:
+def run_folder_bytes(num_trained: int, keep_checkpoints: int, states: int) -> int:
     """Largest size of a run folder in bytes, without its figures.
 
     Args:
         num_trained: weights of the adapter, which are kept in fp32.
-        keep_checkpoints: checkpoints that stay; each has the adapter, and two values of state per weight.
+        keep_checkpoints: checkpoints that stay; each has the adapter, and the optimizer's state.
+        states: values of that per weight, counted as fp32: small tensors have it so under 8 bits, too.
 
     Returns:
         Bytes of the best adapter, its copy, one being written, and the checkpoints with one more.
     """
-    return (3 * 4 + (keep_checkpoints + 1) * 12) * num_trained
+    return (3 * 4 + (keep_checkpoints + 1) * 4 * (1 + states)) * num_trained

@@ -10,6 +10,7 @@ from lit_qlora.forecast import memory
 from lit_qlora.forecast.foresee import Forecast
 from lit_qlora.forecast.host import run_folder_bytes
 from lit_qlora.forecast.memory import Step
+from lit_qlora.model.optimizer import OPTIMIZERS
 from lit_qlora.place import COMMAND
 from lit_qlora.storage.files import GIB
 from lit_qlora.wording import duration, number_of
@@ -95,11 +96,12 @@ def host_lines(forecast: Forecast, before: Sequence[tuple[str, int]] = ()) -> It
     step, keep_checkpoints = forecast.step, forecast.keep_checkpoints
     trained = sum(step.lora_tensors)
     paged = memory.optimizer_bytes(step.optimizer, step.lora_tensors)[1]
+    states = OPTIMIZERS[step.optimizer].states
     beside = [
         ("optimizer state that can be paged out to it", paged),
         ("base's layers on the host, page-locked", memory.base_on_host_bytes(step)),
         ("activations on the host, page-locked", memory.host_bytes(step)),
-        (f"run folder, with {keep_checkpoints} checkpoints", run_folder_bytes(trained, keep_checkpoints)),
+        (f"run folder, with {keep_checkpoints} checkpoints", run_folder_bytes(trained, keep_checkpoints, states)),
     ]
     yield f"{'host and disk':<52}{'GiB':>8}"
     yield from (table_line(*row) for row in before)

@@ -167,7 +167,7 @@ def _base_and_choices(config: str | None, asked: str | None, run: Path) -> Itera
     except ImportError as error:  # the hub's library comes with transformers and datasets
         yield Finding("problem", f"base: {name} can't be searched for ({surroundings.reason(error)})", INSTALL)
     base = base or _known(name)
-    num_lora, kept = 0, 2
+    num_lora, kept, download, states = 0, 2, 0, 2
     if base:
         rank, targets = (options["model.rank"], options["model.target_modules"]) if options else (16, "all-linear")
         num_lora, kept = base.shape.num_lora(rank, targets), options["keep_checkpoints"] if options else kept
@@ -175,9 +175,13 @@ def _base_and_choices(config: str | None, asked: str | None, run: Path) -> Itera
         from lit_qlora.model.base import missing_bytes
 
         download = missing_bytes(base) if base else 0
-    except ImportError:
-        download = 0
-    yield from surroundings.disk("the run folder", run, run_folder_bytes(num_lora, kept), "give --run on another disk")
+        from lit_qlora.model.optimizer import OPTIMIZERS
+
+        states = OPTIMIZERS[options["model.optimizer"]].states if options else states
+    except ImportError:  # reported with its package already
+        pass
+    needed = run_folder_bytes(num_lora, kept, states)
+    yield from surroundings.disk("the run folder", run, needed, "give --run on another disk")
     yield from surroundings.disk("the hub's cache", surroundings.hub_cache(), download, "set HF_HOME to another disk")
     if base and options:
         try:

@@ -76,7 +76,7 @@ def check_optimizer(name: OptimizerName, on_gpu: bool) -> None:
         raise UserError(
             f"{name} pages a GPU's memory, and there is no GPU",
             option="model.optimizer",
-            remedy="take adamw or adamw_8bit",
+            remedy=f"take {' or '.join(one for one, kind in OPTIMIZERS.items() if not kind.is_paged)}",
         )
 
 

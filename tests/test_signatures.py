@@ -574,8 +574,16 @@ def test_the_help_of_what_is_no_class_is_refused(args, option, words, expect_err
     expect_error(lambda: help_of_class(args), *words, option=option)
 
 
+@pytest.fixture(scope="module")
+def torch_s():
+    """Seconds that an import of torch takes the processor: a machine may be slow."""
+    before = _children_s()
+    subprocess.run([sys.executable, "-c", "import torch"], check=True)
+    return _children_s() - before
+
+
 @pytest.mark.parametrize("args", [["fit", "--help"], ["fit", "--model.rnak", "8"], ["fit", "--trainer.logger.help"]])
-def test_help_and_a_misspelt_option_need_nothing_heavy(args):
+def test_help_and_a_misspelt_option_need_nothing_heavy(args, torch_s):
     code = f"import sys; from lit_qlora.cli import main; main({args}); "
     heavy = "'torch', 'lightning', 'transformers', 'peft', 'datasets', 'huggingface_hub', 'jinja2'"
     code += f"print({{{heavy}}} & {{*sys.modules}})"
@@ -591,9 +599,9 @@ def test_help_and_a_misspelt_option_need_nothing_heavy(args):
         )
         assert done.stdout.endswith("set()\n")
         took_s.append(_children_s() - before)
-        if took_s[-1] < 1:
+        if took_s[-1] < torch_s / 2:
             break
-    assert min(took_s) < 1
+    assert min(took_s) < torch_s / 2
 
 
 def _children_s() -> float:

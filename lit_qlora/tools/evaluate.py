@@ -17,9 +17,11 @@ from lit_qlora.data.held_out import check_early_to_score
 from lit_qlora.data.records import Reading
 from lit_qlora.data.sources import check_sources
 from lit_qlora.devices.asked import Precision
-from lit_qlora.errors import UserError, recorded_in, require
+from lit_qlora.errors import UserError, recorded_in
 from lit_qlora.figures.lines import json_number
+from lit_qlora.options import LINKED
 from lit_qlora.quiet import quieten
+from lit_qlora.ranges import check_ranges
 from lit_qlora.storage.files import output_path, require_folder, require_new, saved_by, write_file
 from lit_qlora.tools.scoring.questions import LETTERS, Prompts, Style, Subject, examples_for, read_subjects
 from lit_qlora.wording import number_of
@@ -95,10 +97,7 @@ def evaluate(
     Raises:
         UserError: for a wrong option, row or question, no adapter, and an output that can't be written.
     """
-    require(max_length is None or max_length >= 8, "max_length", "at least 8 tokens", max_length)
-    require(batch_tokens is None or batch_tokens >= 1, "batch_tokens", "at least 1 token", batch_tokens)
-    require(draws >= 100, "draws", "at least 100", draws)
-    require(seed >= 0, "seed", "a whole number from 0", seed)
+    check_ranges({"max_length": max_length, "batch_tokens": batch_tokens, "draws": draws, "seed": seed})
     if output is not None:
         require_new(Path(output))
         require_folder(output_path(output))
@@ -147,7 +146,7 @@ def _held_out(chosen: ResolvedAdapter, source: str | None, max_length: int | Non
     options |= {"test_source": source, "tokenizer": chosen.base.name, "seed": chosen.options["seed_everything"]}
     options |= read_format(chosen.adapter).options
     data = ChatDataModule(**options)
-    data.tokenizer_option = "model.base"
+    data.tokenizer_option = LINKED["data.tokenizer"]
     if chosen.run:
         data.recall(chosen.run.rows)
     try:

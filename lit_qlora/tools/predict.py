@@ -24,6 +24,7 @@ from lit_qlora.data.sources import Source, SourceOption, find_splits, matching, 
 from lit_qlora.data.splits import FILES
 from lit_qlora.errors import UserError, require
 from lit_qlora.model.generate import Sampling
+from lit_qlora.ranges import check_ranges
 from lit_qlora.storage.files import decoded, output_path, require_folder, saved_by
 from lit_qlora.storage.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from lit_qlora.text.conversation import Conversation
@@ -68,7 +69,7 @@ def predict(
         UserError: for a wrong option, prompt or output, and for what the memory or the disk can't hold.
     """
     sampling = Sampling(**drawn)
-    require(batch_size >= 1, "batch_size", "at least 1", batch_size)
+    check_ranges({"batch_size": batch_size})
     target = output_path(output)
     is_otherwise = target.name.lower().endswith(OTHERWISE)
     require(not is_otherwise, "output", "a name for JSON lines, such as answers.jsonl", output)

@@ -18,6 +18,7 @@ from typing import Any
 from lit_qlora.errors import UserError, require
 from lit_qlora.figures.samples import short_prompts
 from lit_qlora.model.generate import Sampling
+from lit_qlora.ranges import check_ranges
 from lit_qlora.text.conversation import Turn
 from lit_qlora.tools.answering.answerer import Answerer
 from lit_qlora.tools.answering.door import Door
@@ -80,7 +81,7 @@ def serve(answerer: Answerer, sampling: Sampling, system: str | None, share: boo
         UserError: for a port that is taken, and if no link is available.
     """
     require(sampling.seed < 2**53, "seed", "below 2**53, as far as a page counts", sampling.seed)
-    require(port is None or 0 < port < 2**16, "port", "1 to 65535", port)
+    check_ranges({"port": port})
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     page = Page(answerer, sampling, system)
     try:

@@ -12,6 +12,7 @@ from lit_qlora.errors import UserError
 from lit_qlora.forecast.foresee import Rows, guanaco_lengths
 from lit_qlora.forecast.memory import Samples
 from lit_qlora.model.base import Base
+from lit_qlora.options import LINKED
 from lit_qlora.storage.reach import stored_file
 from lit_qlora.text.formats import make_format
 
@@ -36,7 +37,7 @@ def find_rows(trainer: Any, data: ChatDataModule, base: Base, answers: SampleAns
     Raises:
         UserError: for rows, prompts or a tokenizer that fit refuses.
     """
-    data.tokenizer_option = "model.base"
+    data.tokenizer_option = LINKED["data.tokenizer"]
     has_tokenizer = _has_tokenizer(data, base)
     if has_tokenizer:
         data.encoder.check_vocabulary(base.shape.vocabulary, base.name)

@@ -1,18 +1,19 @@
 """Owns what a fit takes of the host by formula: memory, and its folder. Needs no package, for `doctor` runs without."""
 
+from lit_qlora.model.shape import Shape
 from lit_qlora.storage.files import GIB
 
 LIBRARIES = 2 * GIB
 """Python, torch with CUDA and the rest on the host: 0.5 GiB was measured without CUDA; the rest is an estimate."""
 
 
-def loading_bytes(largest: int) -> int:
+def loading_bytes(shape: Shape) -> int:
     """Host memory in bytes while a base is loaded: the libraries, and one weight at a time, in 16 bits.
 
     Args:
-        largest: values of its largest weight.
+        shape: the base's.
     """
-    return LIBRARIES + 2 * largest
+    return LIBRARIES + 2 * max(shape.vocabulary * shape.hidden, *(i * o for i, o in shape.linears.values()))
 
 
 def run_folder_bytes(num_trained: int, keep_checkpoints: int, states: int) -> int:

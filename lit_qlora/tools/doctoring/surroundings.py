@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 from lit_qlora.errors import one_line
 from lit_qlora.forecast.host import loading_bytes
 from lit_qlora.model import host
+from lit_qlora.model.shape import LLAMA_2_SIZES, Shape
 from lit_qlora.place import INSTALL, requirements
 from lit_qlora.storage.files import GIB, existing_folder, free_bytes, size
 
@@ -30,8 +31,6 @@ MODULES = {
 TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 """Variables of the environment that may hold the hub's token."""
 WITHOUT_TORCH = ("jsonargparse", "datasets", "tensorboard")
-LARGEST = 32_000 * 4096
-"""Values of the largest weight of Llama-2-7b."""
 
 
 class Finding(NamedTuple):
@@ -311,7 +310,7 @@ def host_memory() -> Iterator[Finding]:
         return
     total, free = found
     shown = f"host memory: {total / GIB:.1f} GiB, {free / GIB:.1f} available"
-    if free < (needed := loading_bytes(LARGEST)):
+    if free < (needed := loading_bytes(Shape.of(LLAMA_2_SIZES["7b"]))):
         yield Finding("note", f"{shown}; loading a 7B takes {needed / GIB:.1f}", "end other programs")
     else:
         yield Finding("ok", shown)

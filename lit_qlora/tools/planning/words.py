@@ -91,10 +91,8 @@ def _surely(forecast: Forecast) -> str | None:
 
 
 def _host_lines(plan: Plan) -> Iterator[str]:
-    shape = plan.forecast.shape
-    largest = max(shape.vocabulary * shape.hidden, *(i * o for i, o in shape.linears.values()))
     before = [
-        ("host memory while loading: one weight, libraries", loading_bytes(largest)),
+        ("host memory while loading: one weight, libraries", loading_bytes(plan.forecast.shape)),
         ("download of the base" + ("" if plan.download else ": it is here"), plan.download),
     ]
     yield from words.host_lines(plan.forecast, before)
@@ -129,7 +127,7 @@ def _verdict_lines(forecast: Forecast) -> Iterator[str]:
         faster = quickest(forecast)
         if faster:
             took = duration(3600 * (faster.forecast.hours or 0))
-            yield f"quicker: {faster.options}: {faster.forecast.needed_gib:.2f} GiB, {took} an epoch"
+            yield f"quicker: {faster.options}: {faster.forecast.needed_gib:.2f} GiB, {took} per epoch"
         elif forecast.hours is not None and not forecast.is_slow:
             yield "micro-batch and checkpointing: as they are; nothing that fits is worth a change"
     yield found.words

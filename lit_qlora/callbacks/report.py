@@ -227,7 +227,7 @@ def is_gain(run: RunFolder, loss: float) -> bool:
         run: the run folder, with the recorded figures.
         loss: held-out loss in nats per token.
     """
-    before = (line for line in read_lines(run.metrics) if not line["step"])
+    before = (line for line in read_lines(run.metrics) if not line["step"] and "val/loss" in line)
     return is_better({"val/loss": loss}, next(before, None))
 
 

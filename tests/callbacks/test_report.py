@@ -146,3 +146,11 @@ def test_the_samples_at_the_end_are_those_of_the_best_adapter(tmp_path):
     assert report.last_samples(run)[2].split() == ["b", "best"]
     run.samples.write_text(line(0, "") + "\n")
     assert report.last_samples(run) == []
+
+
+@pytest.mark.parametrize(("loss", "gains"), [(1.0, True), (2.0, False), (3.0, False)])
+def test_a_gain_is_over_the_line_before_training_that_has_a_loss(tmp_path, loss, gains):
+    lines = [{"step": 0, "memory/host_gib": 1.0}, {"step": 0, "val/loss": 2.0}, {"step": 5, "val/loss": 0.5}]
+    run = RunFolder(tmp_path)
+    run.metrics.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert report.is_gain(run, loss) == gains

@@ -18,9 +18,9 @@ from lit_qlora.console import complain, counted
 from lit_qlora.data.encode import SPACE, Encoder
 from lit_qlora.errors import UserError
 from lit_qlora.storage.files import SaveError
-from lit_qlora.storage.folders import DamagedFolderError, clear_leftovers, verify_folder, write_folder
+from lit_qlora.storage.folders import DamagedFolderError, clear_leftovers, verify_folder
 from lit_qlora.storage.foreign import object_in, shown
-from lit_qlora.storage.in_use import Held, prune
+from lit_qlora.storage.in_use import Held, prune, write_once
 from lit_qlora.text.conversation import Conversation, Turn
 
 ROWS_PER_WRITE = 512
@@ -83,8 +83,8 @@ def encode_records(conversations: Sequence[Conversation], encoder: Encoder) -> E
     try:
         held = _hold(folder)
         if held is None:
-            while held is None:  # again if another process made room for its own meanwhile
-                _write_entry(folder, conversations, encoder)
+            while held is None:  # again if another process, such as a second GPU's, made room for its own meanwhile
+                write_once(folder, lambda staging: _write_rows(staging, conversations, encoder))
                 held = _hold(folder)
             clear_leftovers(folder.parent, several_write=True)
             entries = (entry for entry in folder.parent.iterdir() if not entry.name.startswith("."))
@@ -141,14 +141,6 @@ def _key(conversations: Sequence[Conversation], encoder: Encoder) -> str:
 def _otherwise(turn: Turn) -> list[str]:
     """Properties of a turn, for the key, that change its ids or labels since `LAYOUT` 1; empty for most turns."""
     return ["context only"] * (not turn.learned) + ["a space of its own"] * turn.content.lstrip().startswith(SPACE)
-
-
-def _write_entry(folder: Path, conversations: Sequence[Conversation], encoder: Encoder) -> None:
-    try:
-        write_folder(folder, lambda staging: _write_rows(staging, conversations, encoder))
-    except OSError:
-        if not folder.is_dir():  # else another process, such as a second GPU's, was quicker
-            raise
 
 
 def _write_rows(folder: Path, conversations: Sequence[Conversation], encoder: Encoder) -> None:

@@ -25,8 +25,8 @@ from lit_qlora.model.fingerprint import ORIGINAL, fingerprint, short, write_orig
 from lit_qlora.model.load import nf4, quantise, read_tensor
 from lit_qlora.model.weights import BUFFER, LM_HEAD, check_weights, fetch, is_linear, stored_tensors
 from lit_qlora.storage.files import free_bytes, parse_json, size
-from lit_qlora.storage.folders import MANIFEST, DamagedFolderError, clear_leftovers, verify_folder, write_folder
-from lit_qlora.storage.in_use import Held, prune, remove_unused
+from lit_qlora.storage.folders import MANIFEST, DamagedFolderError, clear_leftovers, verify_folder
+from lit_qlora.storage.in_use import Held, prune, remove_unused, write_once
 from lit_qlora.storage.weight_files import write_shards
 
 KEPT_FROM = 500_000_000
@@ -118,12 +118,13 @@ class Copies:
             free = free_bytes(self.root)
             if free < needed_bytes + RESERVE_BYTES:
                 return f"no 4-bit copy kept: {size(needed_bytes)}, and {size(free)} are free{gone}"
-            write_folder(target, fill)
+            if not write_once(target, fill):
+                return None
             _note(target)
             gone += self._prune(target)
         except OSError as error:
             if target.is_dir():
-                return None  # another process was quicker
+                return None
             return f"no 4-bit copy kept: {error.strerror or error}"
         return f"a 4-bit copy ({size(needed_bytes)}) is kept in {target}; the next start reads that{gone}"
 

@@ -109,7 +109,7 @@ def _written_aside(target: Path, replace: bool, needed_bytes: int | None) -> Ite
     Raises FileExistsError if there is one already, and it is not to be replaced.
     """
     if os.path.lexists(target) and not (replace and target.is_dir()):
-        raise FileExistsError(errno.EEXIST, "already exists and is not overwritten", str(target))
+        raise _already_there(target)
     temporary = _aside(target, "tmp")
     try:
         yield temporary
@@ -117,8 +117,14 @@ def _written_aside(target: Path, replace: bool, needed_bytes: int | None) -> Ite
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError):
+            if not replace and error.errno in {errno.EEXIST, errno.ENOTEMPTY}:  # made by another process meanwhile
+                raise _already_there(target) from error
             raise SaveError(target, error, needed_bytes) from error
         raise
+
+
+def _already_there(target: Path) -> FileExistsError:
+    return FileExistsError(errno.EEXIST, "already exists and is not overwritten", str(target))
 
 
 def verify_folder(path: Path) -> dict[str, int]:

@@ -11,11 +11,34 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from weakref import finalize
 
-from lit_qlora.storage.folders import MANIFEST, remove_folder
+from lit_qlora.storage.folders import MANIFEST, remove_folder, write_folder
 from lit_qlora.storage.lock import flock
 
 HOLD_TRIES = 100
 """Times that a folder made anew meanwhile is looked at; where a file system numbers its files anew, it is held."""
+
+
+def write_once(target: Path, fill: Callable[[Path], None]) -> bool:
+    """Write a folder by `write_folder`, unless another process is quicker.
+
+    Args:
+        target: the folder to write.
+        fill: called with the empty temporary folder.
+
+    Returns:
+        True if this process wrote it. Where another did, a third may have removed it since.
+
+    Raises:
+        OSError: it can't be written, and no other process did.
+    """
+    try:
+        write_folder(target, fill)
+    except OSError as error:
+        was_removed = isinstance(error, FileExistsError) and not os.path.lexists(target)
+        if not target.is_dir() and not was_removed:
+            raise
+        return False
+    return True
 
 
 class Held:

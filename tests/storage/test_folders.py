@@ -125,6 +125,17 @@ def test_what_stands_there_is_not_overwritten(whole: Path) -> None:
         write_folder(whole.parent / "file", fill("new"), replace=True)
 
 
+def test_what_another_process_makes_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
+    def make_theirs(folder: Path) -> None:
+        hello(folder)
+        write_folder(tmp_path / "x", fill("theirs"))
+
+    with pytest.raises(FileExistsError, match="not overwritten"):
+        write_folder(tmp_path / "x", make_theirs)
+    assert (tmp_path / "x" / "a.txt").read_text() == "theirs"
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
 def test_replace(whole: Path) -> None:
     write_folder(whole, hello, replace=True)
     verify_folder(whole)

@@ -1,6 +1,7 @@
 """Folders that several processes share: what is in use stays, what was used longest ago goes first."""
 
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 
 from lit_qlora.storage import in_use
 from lit_qlora.storage.folders import write_folder
-from lit_qlora.storage.in_use import Held, prune, remove_unused
+from lit_qlora.storage.in_use import Held, prune, remove_unused, write_once
 
 
 @pytest.fixture
@@ -23,6 +24,44 @@ def folders(tmp_path: Path) -> list[Path]:
 
 def names(removed: dict[Path, int]) -> list[str]:
     return [folder.name for folder in removed]
+
+
+def write(folder: Path, text: str) -> None:
+    (folder / "file").write_text(text)
+
+
+def test_a_folder_is_written_once(tmp_path: Path) -> None:
+    assert write_once(tmp_path / "x", lambda folder: write(folder, "first"))
+    assert not write_once(tmp_path / "x", lambda folder: write(folder, "second"))
+    assert (tmp_path / "x" / "file").read_text() == "first"
+
+
+@pytest.mark.parametrize("is_removed", [False, True])
+def test_another_process_may_write_it_meanwhile_and_a_third_remove_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_removed: bool
+) -> None:
+    target, rmtree = tmp_path / "x", shutil.rmtree
+
+    def fill(folder: Path) -> None:
+        write_folder(target, lambda theirs: write(theirs, "theirs"))
+        write(folder, "ours")
+
+    def remove_both(path: Path, **options: bool) -> None:
+        rmtree(path, **options)
+        if is_removed and ".tmp-" in path.name:
+            rmtree(target)
+
+    monkeypatch.setattr(shutil, "rmtree", remove_both)
+    assert not write_once(target, fill)
+    assert [path.name for path in tmp_path.iterdir()] == ([] if is_removed else ["x"])
+
+
+def test_a_file_or_a_broken_link_in_its_place_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    for name in ("file", "link"):
+        with pytest.raises(FileExistsError):
+            write_once(tmp_path / name, lambda folder: write(folder, "new"))
 
 
 def test_a_use_is_noted_and_keeps_a_folder_until_it_is_closed(folders: list[Path]) -> None:

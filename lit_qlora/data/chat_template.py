@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_qlora.data.encode import SPACE, Encoder
-from lit_qlora.data.tokenizer import is_byte_level, load_tokenizer
+from lit_qlora.data.tokenizer import is_byte_level, load_tokenizer, tokenizer_rules
 from lit_qlora.errors import UserError
 from lit_qlora.text.conversation import Conversation, Turn
 
@@ -54,7 +54,7 @@ def write_tokenizer(folder: Path, encoder: Encoder, max_tokens: int) -> None:
         max_tokens: the context of the base.
     """
     tokenizer = encoder.tokenizer
-    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    rules = tokenizer_rules(tokenizer)
     has_metaspace = (rules["pre_tokenizer"] or {}).get("type") == "Metaspace"
     if has_metaspace and encoder.prompt_format.opens_in_space:
         rules["pre_tokenizer"]["prepend_scheme"] = "always"  # where a stretch has no space already, as in training

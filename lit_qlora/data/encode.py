@@ -12,7 +12,7 @@ from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from lit_qlora.batch import IGNORE_INDEX
-from lit_qlora.data.tokenizer import special_tokens, stop_ids
+from lit_qlora.data.tokenizer import special_tokens, stop_ids, tokenizer_rules
 from lit_qlora.errors import UserError, excerpt
 from lit_qlora.text.conversation import Conversation
 from lit_qlora.text.formats import Piece, PromptFormat, SpecialTokens, make_format
@@ -144,7 +144,7 @@ class Encoder:
 
     def rules_fingerprint(self) -> str:
         """A sha256 over the tokenizer alone: whatever folder it came from, the same text gives the same ids."""
-        rules = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        rules = tokenizer_rules(self.tokenizer)
         for switch in ("padding", "truncation"):  # set and reset by calls; here, neither is ever used
             rules.pop(switch, None)
         settings = (json.dumps(rules, sort_keys=True), self.bos_id, self.eos_id)
@@ -327,7 +327,7 @@ class Encoder:
     def _without_space(self) -> "Tokenizer":
         from tokenizers import Tokenizer
 
-        rules = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        rules = tokenizer_rules(self.tokenizer)
         for name in ("normalizer", "pre_tokenizer"):
             rules[name] = _take_out_space(rules[name])
         tokenizer = Tokenizer.from_str(json.dumps(rules | {"padding": None, "truncation": None}))

@@ -3,6 +3,7 @@
 Knows no conversation, no prompt format, no weights.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -128,6 +129,12 @@ def file_of(location: str, name: str) -> Path | None:
         return Path(hf_hub_download(location, name))
     except (errors.HfHubHTTPError, errors.EntryNotFoundError, errors.HFValidationError):
         return stored_file(location, name)
+
+
+def tokenizer_rules(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+    """What a ``tokenizer`` does with a text, as its tokenizer.json would have it: a copy."""
+    rules: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
+    return rules
 
 
 def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[int, str]:

@@ -23,7 +23,7 @@ from lit_qlora.forecast.cards import Card, find_card
 from lit_qlora.forecast.memory import NO_SAMPLES, Samples, Step, StepMemory
 from lit_qlora.forecast.speed import Epoch, epoch_hours, waits_for_host
 from lit_qlora.model import host, lora, offload
-from lit_qlora.model.device import current_device
+from lit_qlora.model.device import compute_dtype, current_device
 from lit_qlora.model.generate import PROMPTS_AT_ONCE
 from lit_qlora.model.graphs import MOST, padded
 from lit_qlora.model.lora import Lora
@@ -416,7 +416,7 @@ def step_of(shape: Shape, lora: Lora, precision: object, **settings: Any) -> Ste
         settings: further fields of `Step`, at least ``tokens`` and ``scored_tokens``.
     """
     targets = tuple(dict.fromkeys(target_names(lora.target_modules)))
-    element = 4 if str(precision) == "32-true" else 2
+    element = compute_dtype(str(precision)).itemsize
     return Step(shape, rank=lora.rank, targets=targets, element=element, **settings)
 
 

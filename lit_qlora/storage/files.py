@@ -283,9 +283,17 @@ def existing_folder(path: Path) -> Path:
     return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
 
 
+def listing(folder: Path) -> list[Path]:
+    """The entries of a ``folder``, by name; empty if there is none, or another process has just removed it."""
+    try:
+        return sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
 def names_around(path: Path) -> list[str]:
     """The names in the folder of ``path``, which may not be there itself; empty without that folder."""
-    return [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
+    return [one.name for one in listing(path.parent)]
 
 
 def free_bytes(path: Path) -> int:

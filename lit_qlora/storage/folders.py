@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
 
 from lit_qlora.errors import UserError, excerpt
-from lit_qlora.storage.files import SaveError, parse_json, sync_file, sync_folder, unreadable
+from lit_qlora.storage.files import SaveError, listing, parse_json, sync_file, sync_folder, unreadable
 
 MANIFEST = "manifest.json"
 CARD = "README.md"
@@ -198,7 +198,7 @@ def clear_leftovers(parent: Path, *, several_write: bool = False) -> None:
         several_write: True where several processes write: what is younger than `ABANDONED_S` may be another's.
     """
     # Sorted, "old" comes before "tmp": a whole new folder is put in place before it could be removed.
-    for path in sorted(parent.iterdir()) if parent.is_dir() else []:
+    for path in listing(parent):
         match = _LEFTOVER.fullmatch(path.name)
         if not match or (several_write and not _is_abandoned(path)):
             continue
@@ -318,8 +318,7 @@ def _aside(target: Path, kind: str) -> Path:
 
 def _leftovers(target: Path, kind: str) -> list[Path]:
     """The folders beside a target that `_aside` named, the newest first."""
-    paths = target.parent.iterdir() if target.parent.is_dir() else []
-    matches = ((path, _LEFTOVER.fullmatch(path.name)) for path in paths)
+    matches = ((path, _LEFTOVER.fullmatch(path.name)) for path in listing(target.parent))
     found = [path for path, match in matches if match and match.groups() == (target.name, kind)]
     return sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)
 

@@ -12,10 +12,7 @@ from pathlib import Path
 from weakref import finalize
 
 from lit_qlora.storage.folders import MANIFEST, remove_folder, write_folder
-from lit_qlora.storage.lock import flock
-
-HOLD_TRIES = 100
-"""Times that a folder made anew meanwhile is looked at; where a file system numbers its files anew, it is held."""
+from lit_qlora.storage.lock import TRIES, flock, is_still
 
 
 def write_once(target: Path, fill: Callable[[Path], None]) -> bool:
@@ -58,7 +55,7 @@ class Held:
         self.found, self._folder = True, folder
         self._descriptor: int | None = None
         manifest = folder / MANIFEST
-        for _ in range(HOLD_TRIES):
+        for _ in range(TRIES):
             self.close()
             try:
                 self._descriptor = os.open(manifest, os.O_RDONLY)
@@ -70,7 +67,7 @@ class Held:
                 os.utime(manifest)
             with suppress(OSError):  # a file system without locks
                 flock(self._descriptor, shared=True, wait=True)
-            if _is_still(manifest, os.fstat(self._descriptor)):
+            if is_still(manifest, os.fstat(self._descriptor)):
                 return
 
     def discard(self) -> None:
@@ -83,7 +80,7 @@ class Held:
         self.close()
 
         def is_that(manifest: Path) -> bool:
-            return _is_still(manifest, held) if held else self.found or not manifest.is_file()
+            return is_still(manifest, held) if held else self.found or not manifest.is_file()
 
         with suppress(FileNotFoundError):
             _remove_if(self._folder, is_that)
@@ -96,7 +93,7 @@ def remove_unused(folder: Path) -> bool:
         if os.name == "nt" or not manifest.is_file():  # Windows renames no folder of which a process has a file open
             return True
         opened = files.enter_context(manifest.open("rb")).fileno()
-        return flock(opened) and _is_still(manifest, os.fstat(opened))
+        return flock(opened) and is_still(manifest, os.fstat(opened))
 
     with suppress(OSError), ExitStack() as files:
         _remove_if(folder, is_unused)
@@ -106,15 +103,8 @@ def remove_unused(folder: Path) -> bool:
 def _remove_if(folder: Path, may_go: Callable[[Path], bool]) -> None:
     """Remove a folder if its manifest says that it may go, and the folder is the same as before that was asked."""
     state = folder.stat()
-    if may_go(folder / MANIFEST) and _is_still(folder, state):
+    if may_go(folder / MANIFEST) and is_still(folder, state):
         remove_folder(folder)
-
-
-def _is_still(path: Path, state: os.stat_result) -> bool:
-    """True if ``path`` is still the file that had ``state``; False if it was removed since, even if made anew."""
-    with suppress(OSError):
-        return os.path.samestat(state, path.stat())
-    return False
 
 
 def prune(

@@ -17,6 +17,8 @@ from lit_qlora.console import complain
 from lit_qlora.errors import UserError
 
 LOCK = ".lock"
+TRIES = 100
+"""Times that a file made anew meanwhile is looked at; where a file system numbers its files anew, it is held."""
 _NO_LOCKS_HERE = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL}
 """Errors of network and mounted file systems without locks: the run starts there with a warning."""
 
@@ -38,15 +40,23 @@ class RunLock:
         Raises:
             UserError: another process holds it; the message says which.
         """
-        self._run.mkdir(parents=True, exist_ok=True)
         path = self._run / LOCK
         if path.is_dir():
             raise UserError(f"{path} is a folder, expected a file (the run's lock): remove it", option="run")
-        with ExitStack() as until_locked:
-            file = until_locked.enter_context(path.open("a+", encoding="utf-8", errors="replace"))
-            if not _try_lock(file.fileno()):
-                raise self._in_use()
-            until_locked.pop_all()
+        for tries_left in reversed(range(TRIES)):  # again if another process's start failed, which removed it
+            with ExitStack() as until_locked:
+                try:
+                    self._run.mkdir(parents=True, exist_ok=True)
+                    file = until_locked.enter_context(path.open("a+", encoding="utf-8", errors="replace"))
+                except FileNotFoundError:
+                    if not tries_left:
+                        raise
+                    continue
+                if not _try_lock(file.fileno()):
+                    raise self._in_use(file)
+                if is_still(path, os.fstat(file.fileno())) or not tries_left:
+                    until_locked.pop_all()
+                    break
         now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
         with suppress(OSError):  # a full disk: what is held is the file, whatever it says
             file.truncate(0)
@@ -59,19 +69,26 @@ class RunLock:
 
     def check(self) -> None:
         """Raises UserError if another process holds it now; passes a file system without locks."""
-        with suppress(OSError), (self._run / LOCK).open("rb") as file:
+        with suppress(OSError), (self._run / LOCK).open(encoding="utf-8", errors="replace") as file:
             if not flock(file.fileno()):
-                raise self._in_use()
+                raise self._in_use(file)
 
-    def _in_use(self) -> UserError:
-        with (self._run / LOCK).open(encoding="utf-8", errors="replace") as file:
-            holder = file.readline().strip() or "another process"
+    def _in_use(self, file: IO[str]) -> UserError:
+        file.seek(0)
+        holder = file.readline().strip() or "another process"
         return UserError(f"{self._run} is in use by {holder}: wait for it, stop it, or give another --run")
 
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def is_still(path: Path, state: os.stat_result) -> bool:
+    """True if ``path`` is still the file that had ``state``; False if it was removed since, even if made anew."""
+    with suppress(OSError):
+        return os.path.samestat(state, path.stat())
+    return False
 
 
 def _try_lock(descriptor: int) -> bool:

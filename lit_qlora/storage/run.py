@@ -19,7 +19,7 @@ from lit_qlora.errors import UserError, cut, nearest, require
 from lit_qlora.place import COMMAND
 from lit_qlora.ranges import check_ranges
 from lit_qlora.storage.config_file import as_sections, flat, read_options
-from lit_qlora.storage.files import parse_json, write_file
+from lit_qlora.storage.files import listing, parse_json, write_file
 from lit_qlora.storage.folders import (
     DamagedFolderError,
     checkpoint_folder,
@@ -150,7 +150,7 @@ class RunFolder:
         if not (self.has_begun() or self.is_empty()):
             problem, remedy = f"{self.path} holds other files and no run", "give a folder of its own with --run"
             raise UserError(problem, option="run", remedy=remedy)
-        for file in sorted(self.path.iterdir()) if self.path.is_dir() else []:
+        for file in listing(self.path):
             if file.is_symlink():  # what is cut, added to or emptied in place would be a file elsewhere
                 problem = f"{file} is a link, and a run's files are its own"
                 raise UserError(problem, option="run", remedy="put there what it leads to, or remove it")
@@ -180,8 +180,8 @@ class RunFolder:
             UserError: it can't be written.
         """
         try:
+            take()  # before anything else: it could be what another process is writing, or removing
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            take()  # before any repair: it could be what another process is writing
             clear_leftovers(self.checkpoints)
             recover(self.adapter)
             recover(self.adapter_copy)
@@ -206,9 +206,7 @@ class RunFolder:
 
     def is_empty(self) -> bool:
         """True if the folder is missing, or holds only what an interrupted start leaves behind."""
-        if not self.path.is_dir():
-            return True
-        return (self.path / LOCK).is_file() or not any(self.path.iterdir())
+        return (self.path / LOCK).is_file() or not listing(self.path)
 
     def discard_unless_begun(self) -> None:
         """Remove what a failed start leaves behind, and the folder if nothing else is in it.
@@ -232,9 +230,7 @@ class RunFolder:
 
     def saved_steps(self) -> list[int]:
         """Steps with a checkpoint, oldest first, by their number and never by their date."""
-        if not self.checkpoints.is_dir():
-            return []
-        names = (path.name.removeprefix(STEP) for path in self.checkpoints.iterdir() if path.name.startswith(STEP))
+        names = (path.name.removeprefix(STEP) for path in listing(self.checkpoints) if path.name.startswith(STEP))
         return sorted(int(name) for name in names if name.isascii() and name.isdigit())
 
     def last_checkpoint(
@@ -365,10 +361,13 @@ def _remove_empty(folders: list[Path]) -> None:
 
 def newest_run() -> RunFolder:
     """The most recently started run in `RUNS`. Raises UserError if there is none."""
-    configs = list(RUNS.glob("*/config.yaml"))
-    if not configs:
+    started = {}
+    for config in RUNS.glob("*/config.yaml"):
+        with suppress(FileNotFoundError):  # of another process's start that failed meanwhile
+            started[config] = _started(config)
+    if not started:
         raise UserError(f"no run in {RUNS}/: train one first with '{COMMAND} fit', or name one with --run")
-    return RunFolder(max(configs, key=_started).parent)
+    return RunFolder(max(started, key=started.__getitem__).parent)
 
 
 def _started(config: Path) -> datetime:

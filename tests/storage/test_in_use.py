@@ -151,7 +151,7 @@ def test_what_can_not_be_opened_is_there_and_a_removal_that_fails_is_an_error(
 
 
 def test_a_folder_that_is_another_at_each_look_is_held(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(in_use, "_is_still", lambda *_: False)
+    monkeypatch.setattr(in_use, "is_still", lambda *_: False)
     held = Held(folders[0])
     monkeypatch.undo()
     assert held.found

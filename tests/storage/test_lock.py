@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,11 +12,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import lit_qlora
 from lit_qlora.errors import UserError
+from lit_qlora.storage import lock
 from lit_qlora.storage.lock import RunLock
 from tests.expect import check_line
 
@@ -127,6 +130,40 @@ def test_two_runs_do_not_meet(tmp_path: Path, hold: Hold) -> None:
     hold(tmp_path / "a")
     with RunLock(tmp_path / "b"):
         pass
+
+
+@pytest.mark.parametrize("step", ["open", "flock"])
+def test_a_file_that_a_failed_start_removes_meanwhile_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    run, steps = tmp_path / "run", {"open": (Path, Path.open), "flock": (fcntl, fcntl.flock)}
+    owner, real = steps[step]
+
+    def remove_first(*args: Any, **options: Any) -> Any:
+        monkeypatch.setattr(owner, step, real)
+        shutil.rmtree(run)
+        return real(*args, **options)
+
+    monkeypatch.setattr(owner, step, remove_first)
+    with RunLock(run), pytest.raises(UserError, match=f"is in use by process {os.getpid()} on"), RunLock(run):
+        pytest.fail("two processes hold the lock")
+
+
+def test_a_file_that_is_another_at_each_look_is_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "is_still", lambda *_: False)
+    with RunLock(tmp_path), pytest.raises(UserError, match="is in use by"), RunLock(tmp_path):
+        pytest.fail("two processes hold the lock")
+
+
+def test_a_holder_that_removes_its_file_meanwhile_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def let_go(descriptor: int, flags: int) -> None:
+        (tmp_path / ".lock").unlink()
+        raise BlockingIOError
+
+    (tmp_path / ".lock").write_text("process 1 on here since now\n")
+    monkeypatch.setattr(fcntl, "flock", let_go)
+    with pytest.raises(UserError, match="is in use by process 1 on here since now: wait for it"), RunLock(tmp_path):
+        pytest.fail("two processes hold the lock")
 
 
 @pytest.mark.parametrize("number", [errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS])

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -301,6 +302,46 @@ def test_a_disk_that_is_full_at_the_start_keeps_nothing(tmp_path, monkeypatch, n
 
 def test_discarding_what_was_never_made_is_no_error(tmp_path):
     RunFolder(tmp_path / "never").discard_unless_begun()
+
+
+def test_a_folder_that_another_start_removes_meanwhile_is_empty(run, monkeypatch):
+    listed = Path.iterdir
+
+    def removed(folder):
+        shutil.rmtree(folder)
+        return listed(folder)
+
+    monkeypatch.setattr(Path, "iterdir", removed)
+    assert run.saved_steps() == []
+    assert run.path.is_dir() and run.is_empty()
+    run.path.mkdir()
+    run.check_place()
+    assert not run.path.exists()
+
+
+def test_a_folder_that_another_start_is_about_to_lock_may_be_used(tmp_path):
+    run = RunFolder(tmp_path / "runs" / "new")
+    run.prepare(take=run.check_place)
+    assert run.checkpoints.is_dir()
+
+
+def test_of_the_newest_runs_one_may_be_removed_meanwhile(tmp_path, monkeypatch, expect_error):
+    monkeypatch.chdir(tmp_path)
+    for name in ("old", "failed"):
+        RunFolder(Path("runs") / name).prepare()
+        RunFolder(Path("runs") / name).write_config("a: 1\n")
+    read_text = Path.read_text
+
+    def removed(file, **options):
+        if file.parent.name == "failed":
+            file.unlink()
+        return read_text(file, **options)
+
+    monkeypatch.setattr(Path, "read_text", removed)
+    assert newest_run().path == Path("runs/old")
+    RunFolder(Path("runs/failed")).write_config("a: 1\n")
+    Path("runs/old/config.yaml").unlink()
+    expect_error(newest_run, "runs/", "'python main.py fit'", "--run")
 
 
 def test_the_newest_run_is_the_one_that_was_started_last_whatever_the_dates_of_its_files(tmp_path, monkeypatch):

@@ -348,6 +348,8 @@ def did_you_mean(name: str, names: list[str]) -> str | None:
         name: as it was written.
         names: those of the options that there are.
     """
+    if name in names:  # without its dashes
+        return f"write --{name}"
     name = name.replace("-", "_").lower()
     last = name.rpartition(".")[2]
     known = here(name, names)

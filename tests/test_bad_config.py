@@ -18,6 +18,8 @@ OPTIMIZER_NAMES = ", ".join(get_args(OptimizerName))
 
 CASES: list[tuple[str, list[str], str | bytes | None, str | None, str | None, list[str]]] = [
     ("misspelt key", ["--model.rnak", "3"], None, None, None, ["'model.rnak'", "did you mean 'model.rank'"]),
+    ("one dash", ["-model.rank", "3"], None, None, None, ["unknown option 'model.rank'; write --model.rank"]),
+    ("no dash", ["model.rank=3"], None, None, None, ["unknown option 'model.rank'; write --model.rank"]),
     ("capitals", ["--Learning_Rate", "3"], None, None, None, ["did you mean 'model.learning_rate'"]),
     ("misspelt key in YAML", [], "model:\n  rnak: 3\n", None, None, ["'model.rnak'", "did you mean 'model.rank'"]),
     ("misspelt section in YAML", [], "modle:\n  rank: 3\n", None, None, ["'modle.rank'", "did you mean 'model.rank'"]),

@@ -24,9 +24,10 @@ YAML_REMEDIES = (
     (r"\0\t", "indent with spaces, not with tabs"),
     (r"\0:", f"{_QUOTE}, if ': ' is in it, or indent the line as those before it"),
     (r"\0[@`%*]|\*\0", _QUOTE),
-    (r"\\\w*\0", "put ' in place of \" around the value"),
+    (r'\0"[^"]*\\', "put ' in place of \" around the value"),
+    (r"\0[\w.]+(:\S|\s*=)", "write 'option: value', with a space behind the colon"),
 )
-"""Remedies for common mistakes, by the text around ``\\0``, the place where PyYAML stops."""
+"""Remedies for common mistakes, by the text around ``\\0``, the place of the mistake."""
 
 
 def _no_config(path: Path) -> UserError:
@@ -69,7 +70,9 @@ def check_config_file(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoade
         line, problem = _misfit_value(root, loader) if root else (1, NO_VALUE)
         raise UserError(f"no valid YAML: {problem}", place=f"{path}:{line}") from error
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)  # of a character that YAML can't hold there is a position alone
+        # What does not end is wrong where it begins: PyYAML stops behind it. Of a wrong character, only its position.
+        is_open = str(getattr(error, "context", None)).startswith(("while scanning a", "while parsing a flow"))
+        mark = getattr(error, "context_mark" if is_open else "problem_mark", None)
         line = mark.line + 1 if mark else text[: getattr(error, "position", 0)].count("\n") + 1
         around = f"{text[: mark.index]}\0{text[mark.index :]}" if mark else ""
         remedy = next((remedy for pattern, remedy in YAML_REMEDIES if re.search(pattern, around)), None)

@@ -103,7 +103,21 @@ def test_a_folder_is_no_file():
             "model:\n  rank: 4\n data: 1\n",
             "a.yaml:3: no valid YAML: expected <block end>, but found '<block mapping start>'",
         ),
-        ("a: 1\nb: 'open\n", "a.yaml:3: no valid YAML: found unexpected end of stream"),
+        ("a: 1\nb: 'open\n", "a.yaml:2: no valid YAML: found unexpected end of stream"),
+        (
+            "model:\n  base: demo\n  rank:4\n  alpha: 8\n",
+            "a.yaml:3: no valid YAML: could not find expected ':';"
+            " write 'option: value', with a space behind the colon",
+        ),
+        (
+            "model:\n  base: demo\n  rank = 4\n  alpha: 8\n",
+            "a.yaml:3: no valid YAML: could not find expected ':';"
+            " write 'option: value', with a space behind the colon",
+        ),
+        (
+            "model:\n  target_modules: [q_proj\ndata:\n  source: demo\n",
+            "a.yaml:2: no valid YAML: expected ',' or ']', but got ':'",
+        ),
         ("a: 1\nb: \x07\n", "a.yaml:2: no valid YAML: unacceptable character #x0007"),
         ("a: 1\n---\nb: 2\n", "a.yaml:2: no valid YAML: but found another document"),
         (

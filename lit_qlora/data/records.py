@@ -94,6 +94,7 @@ class Lost(Enum):
     NOT_LEARNED = "last answers dropped: not to be learned"
     ALL_UNANSWERED = "nothing answered"
     ALL_NOT_LEARNED = "no answer is to be learned"
+    OTHER_SPLIT = "for another split"
 
 
 class LeftOut(NamedTuple):
@@ -102,7 +103,7 @@ class LeftOut(NamedTuple):
     Args:
         where: its place, such as ``rows.jsonl:17``.
         reason: the error, in words.
-        lost: how all of it was lost; nothing for a row that can't be read or held, or that is for another split.
+        lost: how all of it was lost; nothing for a row that can't be read or held.
     """
 
     where: str
@@ -320,7 +321,8 @@ def _named_for_training(rows: list[Row]) -> tuple[list[Row], dict[str, int], lis
             what = f"rows left out: column {column!r} says {' or '.join(others)} (to score them, put them into {files}"
             unused = {f"{what} beside train.jsonl, and give the folder)": len(rows) - len(kept)}
             lost = [(row.where, kind) for row, kind in zip(rows, kinds, strict=True) if kind in others]
-            return kept, unused, [LeftOut(where, f"column {column!r} says {kind}") for where, kind in lost]
+            reason = f"column {column!r} says"
+            return kept, unused, [LeftOut(where, f"{reason} {kind}", Lost.OTHER_SPLIT) for where, kind in lost]
     return rows, {}, []
 
 

@@ -385,6 +385,14 @@ def test_what_is_meant_to_be_so_is_counted_and_no_fault(inspect):
     assert lines[-2].startswith("verdict: as it should be")
 
 
+def test_rows_that_a_column_names_for_another_split_are_counted_and_no_fault(inspect):
+    rows = [talk(f"q{number}", f"a{number}", split="dev" if number % 3 else "train") for number in range(12)]
+    lines = inspect("--data.source", planted(*rows))
+    text = " ".join(" ".join(section(lines, "dropped, cut, not used")).split())
+    assert "8 rows left out: column 'split' says validation" in text
+    assert lines[-2].startswith("verdict: as it should be")
+
+
 def test_what_stands_otherwise_in_a_batch_is_named(inspect, monkeypatch):
     """The batches themselves are looked at, not what they should hold."""
     collate = batching.collate

@@ -204,7 +204,7 @@ def _judge_part(data: ChatDataModule, name: str, judge: Judge, found: list[Found
     )  # fmt: skip
     part.dropped.append(judge.encoder.context_only(records.conversations))
     for where, reason, lost in records.left_out:
-        if lost is not Lost.ALL_NOT_LEARNED:  # as its weights ask for
+        if lost not in (Lost.ALL_NOT_LEARNED, Lost.OTHER_SPLIT):  # as its weights or its column ask for
             kind = "nothing" if lost is Lost.ALL_UNANSWERED else "unread"
             found.append(Found(where, Fault(kind, reason)))
     loader = data.train_dataloader() if name == "train" else data.val_dataloader()

@@ -158,7 +158,7 @@ def _content(row: Mapping[str, Any], column: str | None, form: RowForm) -> Any:
         problem = f"column {column!r} holds {kind(value)}, expected text"
         if not messages.is_there(value):
             raise RowError(problem)
-        shown = "" if isinstance(value, dict | list) else f", such as {json.dumps(str(value))}"
+        shown = "" if isinstance(value, dict | list | bytes) else f", such as {json.dumps(str(value))}"
         raise RowError(problem, f"write it as one text{shown}, or delete this row")
     return value
 
@@ -167,7 +167,7 @@ def _form_of(row: Mapping[str, Any], forms: Sequence[RowForm], is_whole: bool, u
     """The one of ``forms`` that ``row`` has. Raises RowError where it has none."""
     found = [form for form in forms if all(name in row for name in form.needs)]
     if not found:
-        raise _no_column(row, forms, use, option)
+        raise _no_column(row, forms, is_whole, use, option)
     if len(forms) == 1:
         return found[0]
     found = [form for form in found if all(messages.is_there(row[name]) for name in form.needs)] or found
@@ -225,7 +225,7 @@ def _with_system(
     return conversation, notes
 
 
-def _no_column(row: Mapping[str, Any], forms: Sequence[RowForm], use: Use, option: str) -> RowError:
+def _no_column(row: Mapping[str, Any], forms: Sequence[RowForm], is_whole: bool, use: Use, option: str) -> RowError:
     """The error for a row without a form's columns, with the options that read it, or the row to write in its place."""
 
     def named(columns: Mapping[str, str | None]) -> RowError:
@@ -261,7 +261,8 @@ def _no_column(row: Mapping[str, Any], forms: Sequence[RowForm], use: Use, optio
         if isinstance(value, str) and value.lstrip().startswith((*MARKERS_ELSEWHERE,)):
             _refuse_elsewhere(value, str(name), is_whole=False)
     example = EXAMPLE if is_to_train else json.dumps({"prompt": "…"}, ensure_ascii=False)
-    return RowError(problem, f"{_name_them(row, use, option)}write rows such as {example}")
+    plain = f"; for plain text, give {as_options(option, {'text': 'COLUMN'})}" if is_whole else ""
+    return RowError(problem, f"{_name_them(row, use, option)}write rows such as {example}{plain}")
 
 
 def _name_them(row: Mapping[str, Any], use: Use, option: str) -> str:

@@ -356,6 +356,14 @@ def test_a_row_that_is_not_read_has_the_options_named_that_read_it(row, remedy):
     assert read_row(row, columns=columns).conversation.is_answered
 
 
+def test_of_a_plain_text_in_another_column_the_option_is_named_that_reads_it():
+    row = {"content": "Once upon a time.", "id": 1}
+    with pytest.raises(RowError) as caught:
+        read_row(row, is_whole=True)
+    assert caught.value.remedy.endswith("; for plain text, give --data.columns.text COLUMN")
+    assert read_row(row, columns={"text": "content"}, is_whole=True).conversation.is_text
+
+
 @pytest.mark.parametrize("blank", ["nan", "NaN", " <noinput> "])
 def test_a_text_in_the_place_of_nothing_given_is_left_out_and_counted(blank):
     row = {"instruction": "hi", "input": blank, "output": "nan"}
@@ -459,6 +467,7 @@ def test_a_new_form_is_one_entry(tmp_path, monkeypatch):
         (True, 'write it as one text, such as "True", or delete this row'),
         (["b", "c"], "write it as one text, or delete this row"),
         ({"text": "b"}, "write it as one text, or delete this row"),
+        (b"b", "write it as one text, or delete this row"),
         (None, "mend or delete this row"),
         (float("nan"), "mend or delete this row"),
     ],

@@ -9,17 +9,19 @@ but that people may edit a model card, and leaves it to the run's lock that one 
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PureWindowsPath
 
 from lit_qlora.errors import UserError, excerpt
 from lit_qlora.storage.files import SaveError, listing, parse_json, sync_file, sync_folder, unreadable
+from lit_qlora.storage.lock import locked
 
 MANIFEST = "manifest.json"
 CARD = "README.md"
@@ -71,8 +73,7 @@ def write_folder(
         SaveError: the system refused a write; the message has the bytes needed and the bytes free.
         ValueError: `fill` wrote something other than regular files with portable names.
     """
-    with _written_aside(target, replace, needed_bytes) as temporary:
-        temporary.mkdir(parents=True)
+    with _written_aside(target, replace, needed_bytes, parents=True) as temporary:
         fill(temporary)
         _seal(temporary)
 
@@ -93,7 +94,6 @@ def copy_folder(source: Path, target: Path, *, replace: bool = False) -> None:
     """
     files = _read_manifest(source)
     with _written_aside(target, replace, sum(int(entry["bytes"]) for entry in files.values())) as temporary:
-        temporary.mkdir()
         for name in (*files, MANIFEST):
             for folder in reversed(Path(name).parents[:-1]):
                 (temporary / folder).mkdir(exist_ok=True)
@@ -103,8 +103,8 @@ def copy_folder(source: Path, target: Path, *, replace: bool = False) -> None:
 
 
 @contextmanager
-def _written_aside(target: Path, replace: bool, needed_bytes: int | None) -> Iterator[Path]:
-    """A path beside ``target`` for a folder that takes its place once it is written; after any error it is gone.
+def _written_aside(target: Path, replace: bool, needed_bytes: int | None, *, parents: bool = False) -> Iterator[Path]:
+    """An empty folder beside ``target`` that takes its place once it is written; after any error it is gone.
 
     Raises FileExistsError if there is one already, and it is not to be replaced.
     """
@@ -112,8 +112,10 @@ def _written_aside(target: Path, replace: bool, needed_bytes: int | None) -> Ite
         raise _already_there(target)
     temporary = _aside(target, "tmp")
     try:
-        yield temporary
-        _put(temporary, target, replace)
+        temporary.mkdir(parents=parents)
+        with locked(temporary):  # by which others see that it is no leftover
+            yield temporary
+            _put(temporary, target, replace)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError):
@@ -139,6 +141,22 @@ def verify_folder(path: Path) -> dict[str, int]:
         DamagedFolderError: the folder, its manifest or a file is missing, unreadable, of another size or content, or
             outside the folder.
     """
+    while True:
+        seal = _seal_now(path)
+        try:
+            return _verify(path)
+        except DamagedFolderError:
+            if _seal_now(path) == seal:
+                raise  # else another process, such as the run's fit, replaced it meanwhile
+
+
+def _seal_now(path: Path) -> bytes | None:
+    with suppress(OSError):
+        return read_seal(path)
+    return None
+
+
+def _verify(path: Path) -> dict[str, int]:
     if not path.is_dir():
         raise DamagedFolderError(path, None, "a folder", "a file" if path.exists() else "nothing")
     files, sizes = _read_manifest(path), {}
@@ -153,8 +171,10 @@ def verify_folder(path: Path) -> dict[str, int]:
 
 def read_seal(path: Path) -> bytes | None:
     """The bytes of the manifest of the folder at ``path``, equal for equal files; None without a manifest."""
-    manifest = path / MANIFEST
-    return manifest.read_bytes() if manifest.is_file() else None
+    try:
+        return (path / MANIFEST).read_bytes()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return None
 
 
 def remove_folder(path: Path) -> None:
@@ -200,7 +220,7 @@ def clear_leftovers(parent: Path, *, several_write: bool = False) -> None:
     # Sorted, "old" comes before "tmp": a whole new folder is put in place before it could be removed.
     for path in listing(parent):
         match = _LEFTOVER.fullmatch(path.name)
-        if not match or (several_write and not _is_abandoned(path)):
+        if not match or _is_locked(path) or (several_write and time.time() - _modified(path) <= ABANDONED_S):
             continue
         if match["kind"] == "old":
             recover(parent / match["target"])
@@ -208,11 +228,16 @@ def clear_leftovers(parent: Path, *, several_write: bool = False) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _is_abandoned(path: Path) -> bool:
+def _is_locked(path: Path) -> bool:
+    with locked(path) as is_free:
+        return not is_free
+
+
+def _modified(path: Path) -> float:
     try:
-        return time.time() - path.stat().st_mtime > ABANDONED_S
+        return path.stat().st_mtime
     except FileNotFoundError:  # another process was quicker
-        return False
+        return math.inf
 
 
 def _put(temporary: Path, target: Path, replace: bool) -> None:
@@ -317,10 +342,10 @@ def _aside(target: Path, kind: str) -> Path:
 
 
 def _leftovers(target: Path, kind: str) -> list[Path]:
-    """The folders beside a target that `_aside` named, the newest first."""
+    """The folders beside a target that `_aside` named, and that no process writes, the newest first."""
     matches = ((path, _LEFTOVER.fullmatch(path.name)) for path in listing(target.parent))
     found = [path for path, match in matches if match and match.groups() == (target.name, kind)]
-    return sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    return sorted((path for path in found if not _is_locked(path)), key=_modified, reverse=True)
 
 
 def checkpoint_folder(path: str | Path) -> Path:

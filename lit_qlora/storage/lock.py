@@ -8,7 +8,8 @@ the run does.
 import errno
 import os
 import socket
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import IO
@@ -82,6 +83,18 @@ class RunLock:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[bool]:
+    """Lock a ``folder``, where the system can; False if another process has it locked."""
+    with ExitStack() as stack:
+        is_free = True
+        with suppress(OSError):  # of another user; Windows, which opens no folder; a file system without locks
+            descriptor = os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+            stack.callback(os.close, descriptor)
+            is_free = flock(descriptor)
+        yield is_free
 
 
 def is_still(path: Path, state: os.stat_result) -> bool:

@@ -76,7 +76,11 @@ def export(
         folder = Path(model or f"{scratch}/merged")
         if chosen:
             merge_into(folder, chosen, dtype, "quantized")
-        _convert(script, folder, target, outtype)
+        unfinished = Path(scratch) / target.name
+        _convert(script, folder, unfinished, outtype)
+        require_new(target)  # another process may have written it meanwhile
+        unfinished.rename(target)
+        print(f"export {target}: {size(target.stat().st_size)} of {outtype}")
         _write_modelfile(folder, target, beside)
 
 
@@ -139,23 +143,17 @@ def _check_convertible(base: Base) -> None:
 
 
 def _convert(script: Path, model: Path, target: Path, outtype: str) -> None:
-    """Run the script, in this Python, into a temporary file, which is renamed to ``target`` once complete."""
-    unfinished = target.with_name(f".{target.name}.part")
-    command = [sys.executable, str(script), str(model), "--outfile", str(unfinished), "--outtype", outtype]
+    """Run the script, in this Python, into the new file ``target``."""
+    command = [sys.executable, str(script), str(model), "--outfile", str(target), "--outtype", outtype]
     command += ["--model-name", target.stem]
-    try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
-        )
-        if done.returncode:
-            last = (done.stderr.strip() or done.stdout.strip() or "no error message").splitlines()[-1]
-            raise UserError(f"export: {script.name} ended with status {done.returncode}: {last}")
-        if not _is_gguf(unfinished):
-            raise UserError(f"export: {script.name} wrote no GGUF file")
-        unfinished.replace(target)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    print(f"export {target}: {size(target.stat().st_size)} of {outtype}")
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
+    )
+    if done.returncode:
+        last = (done.stderr.strip() or done.stdout.strip() or "no error message").splitlines()[-1]
+        raise UserError(f"export: {script.name} ended with status {done.returncode}: {last}")
+    if not _is_gguf(target):
+        raise UserError(f"export: {script.name} wrote no GGUF file")
 
 
 def _is_gguf(path: Path) -> bool:

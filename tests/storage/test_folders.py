@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lit_qlora.errors import UserError
+from lit_qlora.storage import folders
 from lit_qlora.storage.files import SaveError
 from lit_qlora.storage.folders import (
     DamagedFolderError,
@@ -453,6 +454,53 @@ def test_recover_with_nothing_whole_keeps_finished_folders(tmp_path: Path) -> No
         (tmp_path / name).mkdir()
     recover(tmp_path / "x")
     assert listing(tmp_path) == [".x.old-1-00000000", "x"]
+
+
+def test_what_another_process_writes_is_no_leftover(tmp_path: Path) -> None:
+    def overtaken(folder: Path) -> None:
+        hello(folder)
+        for _ in range(2):
+            recover(tmp_path / "x")
+            clear_leftovers(tmp_path)
+
+    write_folder(tmp_path / "x", overtaken)
+    assert (tmp_path / "x" / "a.txt").is_file()
+    assert listing(tmp_path) == ["x"]
+
+
+def test_a_leftover_that_another_process_removes_meanwhile(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (whole.parent / ".x.tmp-1-00000000").mkdir()
+    stat = Path.stat
+
+    def removed(path: Path, **options: bool) -> os.stat_result:
+        if ".tmp-" in path.name:
+            shutil.rmtree(path, ignore_errors=True)
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", removed)
+    recover(whole)
+    assert listing(whole.parent) == ["x"]
+
+
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_a_folder_that_another_process_replaces_while_it_is_verified(
+    whole: Path, monkeypatch: pytest.MonkeyPatch, is_damaged: bool
+) -> None:
+    def replaced(path: Path) -> dict[str, dict[str, int | str]]:
+        monkeypatch.undo()
+        files = read_manifest(path)
+        write_folder(whole, fill("longer than before\n"), replace=True)
+        if is_damaged:
+            (whole / "a.txt").write_text("short")
+        return files
+
+    read_manifest = folders._read_manifest
+    monkeypatch.setattr(folders, "_read_manifest", replaced)
+    if is_damaged:
+        with pytest.raises(DamagedFolderError, match=r"a\.txt"):
+            verify_folder(whole)
+    else:
+        assert verify_folder(whole)["a.txt"] == len("longer than before\n")
 
 
 def test_recover_takes_the_newest(tmp_path: Path) -> None:

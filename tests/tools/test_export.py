@@ -13,6 +13,7 @@ from lit_qlora.model.base import find_base
 from lit_qlora.model.load import load_base
 from lit_qlora.model.lora import Lora, add_lora, save_adapter
 from lit_qlora.quiet import quieten
+from lit_qlora.tools import export
 from tests.expect import check_line
 from tests.small_bases import save_base
 
@@ -78,8 +79,9 @@ def test_a_merged_model(llama_cpp, merged, tmp_path, capsys):
     assert text.startswith("FROM ./mine.gguf\nTEMPLATE ")
     assert text.endswith('SYSTEM """Be brief."""\n')
     call = json.loads((tmp_path / "llama.cpp" / "call.json").read_text())
-    unfinished = str(target.parent / ".mine.gguf.part")
-    assert call["options"] == ["--outfile", unfinished, "--outtype", "q8_0", "--model-name", "mine"]
+    option, unfinished, *others = call["options"]
+    assert [option, *others] == ["--outfile", "--outtype", "q8_0", "--model-name", "mine"]
+    assert re.fullmatch(r"\.mine\.gguf\.\w+/mine\.gguf", str(Path(unfinished).relative_to(target.parent)))
     assert f"try it: ollama create mine -f '{tmp_path}/new one/mine.Modelfile' && " in capsys.readouterr().out
 
 
@@ -200,6 +202,20 @@ def test_what_stands_there_is_kept(llama_cpp, merged, tmp_path, capsys, name):
     error = refusal(capsys, "--model", merged, "--output", tmp_path / "x.gguf")
     check_line(error, "exists already", "another name", begins=f"error: output: {tmp_path / name} ")
     assert (tmp_path / name).read_text() == "mine"
+
+
+def test_what_another_process_writes_meanwhile_is_kept(llama_cpp, merged, tmp_path, capsys, monkeypatch):
+    convert = export._convert
+
+    def overtaken(script, model, target, outtype):
+        (tmp_path / "x.gguf").write_text("theirs")
+        convert(script, model, target, outtype)
+
+    monkeypatch.setattr(export, "_convert", overtaken)
+    error = refusal(capsys, "--model", merged, "--output", tmp_path / "x.gguf")
+    check_line(error, "exists already", "another name", begins=f"error: output: {tmp_path / 'x.gguf'} ")
+    assert (tmp_path / "x.gguf").read_text() == "theirs"
+    assert {path.name for path in tmp_path.iterdir()} == {"llama.cpp", "merged", "x.gguf"}
 
 
 @pytest.mark.parametrize("source", ["model", "adapter"])

@@ -24,7 +24,7 @@ from lit_qlora.model.generate import Sampling
 from lit_qlora.model.weights import stored_tensors
 from lit_qlora.quiet import quieten
 from lit_qlora.storage import weight_files
-from lit_qlora.storage.folders import verify_folder
+from lit_qlora.storage.folders import verify_folder, write_folder
 from lit_qlora.storage.run import RunFolder
 from lit_qlora.text.conversation import Conversation, Turn
 from lit_qlora.tools import merge
@@ -305,6 +305,24 @@ def test_a_wrong_merge_is_not_kept(run, tmp_path, capsys, monkeypatch):
     error = refusal(capsys, "--run", run, "--output", tmp_path / "out", "--dtype", "float32")
     assert error.startswith("error: output: not kept, for the merged model is not base + adapter: on ")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_that_a_running_fit_replaces_meanwhile(run, tmp_path, capsys, monkeypatch):
+    adapter, reference = tmp_path / "run" / "adapter", compare.reference
+    shutil.copytree(run, tmp_path / "run")
+
+    def fill(folder):
+        shutil.copytree(run / "adapter", folder, dirs_exist_ok=True)
+        (folder / "result.json").write_text('{"step": 1}')
+
+    def replaced(*args):
+        write_folder(adapter, fill, replace=True)
+        return reference(*args)
+
+    monkeypatch.setattr(compare, "reference", replaced)
+    error = refusal(capsys, "--run", tmp_path / "run", "--output", tmp_path / "out")
+    check_line(error, str(adapter), "replaced", "again", begins="error: merge: ")
+    assert not (tmp_path / "out").exists()
 
 
 def copy_adapter(run: Path, folder: Path) -> Path:

@@ -78,8 +78,8 @@ class LoraWeights:
         lora_config.check_config(folder, self._config)
         if self._config.get("lora_bias"):
             raise UserError(f"{folder} has lora_bias, and a merge adds to weights, not to biases", option="adapter")
-        self._file = folder / ADAPTER_WEIGHTS
         names = filter(None, map(parse_name, stored_shapes(folder)))
+        self._file = safe_open(folder / ADAPTER_WEIGHTS, framework="pt")  # open, for a fit may replace the adapter
         self._keys = {(f"{name['module']}.weight", name["part"]): name[0] for name in names}
         """peft's names, by that of the base's weight and the part of LoRA."""
 
@@ -100,13 +100,13 @@ class LoraWeights:
         """
         if (name, "A") not in self._keys:
             return weight
-        a, b = (_read_weight(self._file, self._keys[name, part]).to(weight) for part in "AB")
+        a, b = (self._file.get_tensor(self._keys[name, part]).to(weight) for part in "AB")
         rank = a.shape[0]
         alpha = lora_config.alpha_of(self._config, name.removesuffix(".weight"))
         merged = weight + alpha / (rank**0.5 if self._config.get("use_rslora") else rank) * (b @ a)
         key = self._keys.get((name, "magnitude_vector"))
         if key is not None:
-            merged *= (_read_weight(self._file, key).to(weight) / merged.norm(dim=1))[:, None]
+            merged *= (self._file.get_tensor(key).to(weight) / merged.norm(dim=1))[:, None]
         return merged
 
 

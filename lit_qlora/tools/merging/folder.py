@@ -24,7 +24,7 @@ from lit_qlora.model.base import Base
 from lit_qlora.model.device import choose_precision, compute_dtype, current_device
 from lit_qlora.model.lora import read_record
 from lit_qlora.storage.files import size
-from lit_qlora.storage.folders import CARD, write_folder
+from lit_qlora.storage.folders import CARD, read_seal, write_folder
 from lit_qlora.storage.run import RECORD
 from lit_qlora.storage.weight_files import write_shards
 from lit_qlora.text.conversation import Conversation
@@ -49,11 +49,14 @@ def write_merged(target: Path, chosen: ResolvedAdapter, dtype: DType, onto: Onto
         UserError: the merged model answers otherwise than base and adapter, or the folder can't be written.
     """
     trained_in = _trained_in(read_record(chosen.adapter))
-    lora = LoraWeights(chosen.adapter)
+    seal, lora = read_seal(chosen.adapter), LoraWeights(chosen.adapter)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder = chosen.encoder()
     texts, source = compare.conversations_to_compare(chosen, encoder)
     wanted = compare.reference(chosen.base, chosen.adapter, trained_in, device, encoder, texts)
+    if read_seal(chosen.adapter) != seal:
+        problem = f"{chosen.adapter} was replaced by a running training meanwhile"
+        raise UserError(f"merge: {problem}, and nothing is written", remedy="give the command again")
 
     def fill(folder: Path) -> None:
         weights = StoredWeights(chosen.base)

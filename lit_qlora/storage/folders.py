@@ -21,7 +21,7 @@ from pathlib import Path, PureWindowsPath
 
 from lit_qlora.errors import UserError, excerpt
 from lit_qlora.storage.files import SaveError, listing, parse_json, sync_file, sync_folder, unreadable
-from lit_qlora.storage.lock import locked
+from lit_qlora.storage.lock import folder_lock
 
 MANIFEST = "manifest.json"
 CARD = "README.md"
@@ -113,7 +113,7 @@ def _written_aside(target: Path, replace: bool, needed_bytes: int | None, *, par
     temporary = _aside(target, "tmp")
     try:
         temporary.mkdir(parents=parents)
-        with locked(temporary):  # by which others see that it is no leftover
+        with folder_lock(temporary, wait=True):  # by which others see that it is no leftover
             yield temporary
             _put(temporary, target, replace)
     except BaseException as error:
@@ -144,7 +144,7 @@ def verify_folder(path: Path) -> dict[str, int]:
     while True:
         seal = _seal_now(path)
         try:
-            return _verify(path)
+            return _verify_once(path)
         except DamagedFolderError:
             if _seal_now(path) == seal:
                 raise  # else another process, such as the run's fit, replaced it meanwhile
@@ -156,7 +156,7 @@ def _seal_now(path: Path) -> bytes | None:
     return None
 
 
-def _verify(path: Path) -> dict[str, int]:
+def _verify_once(path: Path) -> dict[str, int]:
     if not path.is_dir():
         raise DamagedFolderError(path, None, "a folder", "a file" if path.exists() else "nothing")
     files, sizes = _read_manifest(path), {}
@@ -229,7 +229,7 @@ def clear_leftovers(parent: Path, *, several_write: bool = False) -> None:
 
 
 def _is_locked(path: Path) -> bool:
-    with locked(path) as is_free:
+    with folder_lock(path) as is_free:
         return not is_free
 
 

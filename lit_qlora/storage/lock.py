@@ -49,7 +49,7 @@ class RunLock:
                 try:
                     self._run.mkdir(parents=True, exist_ok=True)
                     file = until_locked.enter_context(path.open("a+", encoding="utf-8", errors="replace"))
-                except FileNotFoundError:
+                except (FileNotFoundError, FileExistsError):  # pathlib's, of a folder that is gone by the second look
                     if not tries_left:
                         raise
                     continue
@@ -86,14 +86,14 @@ class RunLock:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[bool]:
-    """Lock a ``folder``, where the system can; False if another process has it locked."""
+def folder_lock(folder: Path, wait: bool = False) -> Iterator[bool]:
+    """Lock a ``folder``, where the system can; False if another process has it locked, unless that is to ``wait``."""
     with ExitStack() as stack:
         is_free = True
         with suppress(OSError):  # of another user; Windows, which opens no folder; a file system without locks
             descriptor = os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
             stack.callback(os.close, descriptor)
-            is_free = flock(descriptor)
+            is_free = flock(descriptor, wait=wait)
         yield is_free
 
 

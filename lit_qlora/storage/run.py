@@ -140,7 +140,7 @@ class RunFolder:
 
     def check_place(self) -> None:
         """Raises UserError if it holds something else."""
-        if self.path.exists() and not self.path.is_dir():
+        if self.path.is_file():
             problem, remedy = f"{self.path} is a file, expected a folder", "give another one with --run"
             raise UserError(problem, option="run", remedy=remedy)
         place = self.path.resolve()
@@ -206,7 +206,8 @@ class RunFolder:
 
     def is_empty(self) -> bool:
         """True if the folder is missing, or holds only what an interrupted start leaves behind."""
-        return (self.path / LOCK).is_file() or not listing(self.path)
+        names = [one.name for one in listing(self.path)]  # at one moment: another start may make or remove it
+        return LOCK in names or not names
 
     def discard_unless_begun(self) -> None:
         """Remove what a failed start leaves behind, and the folder if nothing else is in it.

@@ -325,6 +325,17 @@ def test_a_folder_that_another_start_is_about_to_lock_may_be_used(tmp_path):
     assert run.checkpoints.is_dir()
 
 
+def test_a_folder_that_another_start_locks_meanwhile_may_be_used(run, monkeypatch):
+    listed = Path.iterdir
+
+    def begun(folder):
+        (run.path / ".lock").touch()
+        return listed(folder)
+
+    monkeypatch.setattr(Path, "iterdir", begun)
+    assert run.is_empty()
+
+
 def test_of_the_newest_runs_one_may_be_removed_meanwhile(tmp_path, monkeypatch, expect_error):
     monkeypatch.chdir(tmp_path)
     for name in ("old", "failed"):

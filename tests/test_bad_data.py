@@ -252,7 +252,7 @@ CASES: list[tuple[str, str, object, str | None, str | None, list[str]]] = [
         None,
         ["turn 1", "[INST] without its [/INST]"],
     ),
-    ("csv wrong column", "rows.csv", "a,b\n1,2\n", "rows.csv:1", None, ["no column 'text'", "['a', 'b']"]),
+    ("csv wrong column", "rows.csv", "a,b\n1,2\n", "rows.csv:1", None, ["no known column", "['a', 'b']"]),
     ("csv empty", "rows.csv", "", "rows.csv", None, ["empty (0 bytes)"]),
     ("csv header only", "rows.csv", "text\n", "rows.csv", None, ["holds no rows"]),
     (

@@ -363,7 +363,7 @@ def _csv_rows(path: Path, text: str, columns: Sequence[str]) -> Iterator[Row]:
                 raise SourceError(where, f"two columns are named {excerpt(doubled[0])}", "rename or remove one")
             if not any(nearest(name.lower(), [*columns, *PREFERENCES], 0.7) for name in header):
                 remedy = "the first line of a .csv names the columns; give other names with data.columns, or columns of"
-                raise SourceError(where, f"no column 'text', columns found: {excerpt(header)}", f"{remedy} predict")
+                raise SourceError(where, f"no known column, columns found: {excerpt(header)}", f"{remedy} predict")
         elif len(cells) != len(header):
             what = f"{len(cells)} columns, expected {len(header)} as in the first line, got {excerpt(cells)}"
             remedy = f"put quotes around texts that hold {DELIMITERS[delimiter]}"

@@ -159,7 +159,7 @@ BAD_FILES = {
     "csv without header": (
         "a.csv",
         b"### Human: hi### Assistant: yo\n",
-        "a.csv:1: no column 'text', columns found: ['### Human: hi### Assistant: yo'];"
+        "a.csv:1: no known column, columns found: ['### Human: hi### Assistant: yo'];"
         " the first line of a .csv names the columns; give other names with data.columns, or columns of predict",
     ),
     "csv header only": ("a.csv", b"text\n", f"a.csv: {NO_ROWS}"),

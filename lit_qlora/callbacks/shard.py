@@ -26,5 +26,5 @@ def _is_shared(trainer: Trainer, module: Any, stage: str) -> bool:
     if stage == "fit":
         forecast = foresee(module, trainer.datamodule, trainer)  # type: ignore[attr-defined]
         return forecast is not None and forecast.is_shared
-    can_share = module.own_layers and (world().size > 1 or module.shard_to == "host")
+    can_share = not module.slow_because and (world().size > 1 or module.shard_to == "host")
     return can_share and not fits_to_score(module, trainer.datamodule, trainer, card)  # type: ignore[attr-defined]

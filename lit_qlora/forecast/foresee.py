@@ -129,7 +129,7 @@ class Forecast:
         optimizer: its name.
         checkpointing: none, selective, auto or full.
         cuda_graphs: whether kernels are recorded; auto: where the card would wait for its host.
-        own_layers: False for transformers' own layers, which take more than the formulas say.
+        slow_because: why the layers are transformers' own, which take more than the formulas say; None for ours.
         loss_rows: scored tokens whose logits exist at a time.
         host: where activations may wait; None where they may not.
         plan: how rows are grouped into micro-batches.
@@ -154,7 +154,7 @@ class Forecast:
     optimizer: str = "adamw"
     checkpointing: str = "auto"
     cuda_graphs: bool | str = False
-    own_layers: bool = True
+    slow_because: str | None = None
     loss_rows: int = CHUNK_ROWS
     host: Host | None = None
     plan: BatchPlan
@@ -172,7 +172,7 @@ class Forecast:
     @property
     def is_slow(self) -> bool:
         """True if the layers are transformers' own, which are never recorded, and of which auto keeps none."""
-        return self.lora.dora or not self.own_layers
+        return self.slow_because is not None
 
     @cached_property
     def is_shared(self) -> bool:
@@ -389,7 +389,7 @@ def foresee(
         optimizer=module.optimizer_name,
         checkpointing=module.checkpointing,
         cuda_graphs=module.cuda_graphs,
-        own_layers=module.own_layers and not (module.slow_because or lora.has_bias(module.adapter)),
+        slow_because=module.slow_because,
         loss_rows=module.loss_rows,
         host=beside if module.offload else None,
         plan=data.plan,

@@ -15,9 +15,6 @@ from lit_qlora.place import COMMAND
 from lit_qlora.storage.files import GIB
 from lit_qlora.wording import duration, number_of
 
-SLOW_LAYERS = (
-    "  transformers' own layers (model.own_layers false, DoRA, lora_bias) take more time and memory than these figures"
-)
 REACHED = 0.7
 """The share of a roofline's speed that whole runs reach with few other fused kernels: an estimate."""
 
@@ -67,7 +64,7 @@ def memory_lines(forecast: Forecast) -> Iterator[str]:
         assumed = " (assumed)" if samples.are_assumed else ""
         yield f"  sample answers: {prompts}{assumed}, {samples.new_tokens} new ones each"
     if forecast.is_slow:
-        yield SLOW_LAYERS
+        yield f"  transformers' own layers take more time and memory than these figures: {forecast.slow_because}"
 
 
 def shared_lines(forecast: Forecast) -> Iterator[str]:

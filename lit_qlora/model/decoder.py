@@ -6,7 +6,7 @@ activations and dropout are computed again in backward, for they cost no matrix 
 of the product it belongs to. Knows neither batches nor the loss.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -118,6 +118,25 @@ class LoraBuffers:
         self._flat = [tensor for index in self.shapes for tensor in (first[index], self.b[index])]
 
 
+def why_not_by_settings(config: Mapping[str, Any], own_layers: bool, dora: bool, lora_bias: bool) -> str | None:
+    """What `why_not` will say of a model, as far as it is known before weights are loaded.
+
+    Args:
+        config: the base's config.json.
+        own_layers: as ``model.own_layers``.
+        dora: as ``model.dora``.
+        lora_bias: True if the adapter to start from has LoRA with biases.
+    """
+    if not own_layers:
+        return "model.own_layers is false"
+    from transformers.activations import ACT2FN
+
+    drops = any(value for name, value in config.items() if name.endswith("dropout"))
+    if drops or not _is_silu(ACT2FN[config.get("hidden_act", "silu")]):
+        return _OTHERWISE
+    return _DORA if dora else _LORA_BIAS if lora_bias else None
+
+
 def why_not(model: Any) -> str | None:
     """The reason why these layers can't compute ``model``, a 4-bit base with LoRA; None if they can.
 
@@ -137,11 +156,10 @@ def _why_not(layer: Any, architecture: Architecture) -> str | None:
     own, of_attention, of_mlp, norm = architecture.layer_classes()
     if [type(part) for part in parts] != [own, of_attention, of_mlp, *[norm] * (len(parts) - 3)]:
         return f"layers that are not {architecture.prefix}'s"
-    is_silu = torch.equal(mlp.act_fn(_PROBE), functional.silu(_PROBE))
     bases = [getattr(module, "base_layer", module) for module in _linears(layer)]
     drops = any(value for part in (attention, mlp) for name, value in vars(part).items() if name.endswith("dropout"))
-    if not is_silu or drops:
-        return "an activation or a dropout that is not Llama's"
+    if not _is_silu(mlp.act_fn) or drops:
+        return _OTHERWISE
     if any(base.bias is not None and base.bias.requires_grad for base in bases):
         return "biases that are trained"
     if not all(hasattr(base.weight, "quant_state") for base in bases):
@@ -158,9 +176,9 @@ def _why_not_lora(module: Any) -> str | None:
     if type(module) is not Linear4bitWithLora or type(module.base_layer) is not Linear4bit:
         return f"layers of another kind ({type(module).__name__})"
     if len(module.lora_magnitude_vector):
-        return "DoRA"
+        return _DORA
     if any(module.lora_bias.values()):
-        return "LoRA with a bias (lora_bias)"
+        return _LORA_BIAS
     parts = [*module.lora_A.values(), *module.lora_B.values()]
     is_plain = all(type(part) is torch.nn.Linear and part.bias is None for part in parts)
     if module.lora_variant or module.merged or [*module.lora_A] != ["default"] or not is_plain:
@@ -168,7 +186,13 @@ def _why_not_lora(module: Any) -> str | None:
     return None
 
 
-_PROBE = torch.linspace(-3, 3, 7)
+def _is_silu(activation: Callable[[Tensor], Tensor]) -> bool:
+    probe = torch.linspace(-3, 3, 7)
+    return torch.equal(activation(probe), functional.silu(probe))
+
+
+_OTHERWISE = "an activation or a dropout that is not Llama's"
+_DORA, _LORA_BIAS = "DoRA", "LoRA with a bias (lora_bias)"
 
 
 def weights_of(model: Any, shards: Shards | None = None, compiles: bool = False) -> list[Weights]:

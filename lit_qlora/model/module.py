@@ -29,7 +29,7 @@ from lit_qlora.model.architectures import LINEARS
 from lit_qlora.model.base import Base, check_context, check_lora, find_base, split_names
 from lit_qlora.model.checkpointing import Checkpointing, checkpoint_layers
 from lit_qlora.model.copies import Copies
-from lit_qlora.model.decoder import why_not
+from lit_qlora.model.decoder import why_not, why_not_by_settings
 from lit_qlora.model.device import (
     Attention,
     check_attention,
@@ -154,6 +154,8 @@ class QLoRAModule(LearnsInParts):
         self.shard, self.shard_to = shard, shard_to
         self.copy_line: str | None = None
         self._of_adapter = lora.read_format(self.adapter) if self.adapter else None
+        self.slow_because = why_not_by_settings(self.base.config, own_layers, dora, lora.has_bias(self.adapter))
+        self._refuse_if_slow()
         self.prompt_format = self._of_adapter or lora.DEFAULT_FORMAT
         """The prompt format it is trained with, as recorded in each saved adapter."""
         self._recorded: PromptFormat | None = None
@@ -281,11 +283,9 @@ class QLoRAModule(LearnsInParts):
             self.model = lora.load_adapter(base_model, self.base, self.adapter, True, self.lora.dropout)
         else:
             self.model = lora.add_lora(base_model, self.lora)
-        self.slow_because = why_not(self.model) if self.own_layers else "model.own_layers is false"
-        if self.slow_because and self.shards:
-            raise UserError(f"expected false with {self.slow_because}, got true", option="model.shard")
-        if self.slow_because and self.cuda_graphs is True:
-            raise UserError(f"expected auto or false with {self.slow_because}, got true", option="model.cuda_graphs")
+        if self.own_layers:
+            self.slow_because = why_not(self.model)
+        self._refuse_if_slow()
         if self.shards:
             self.shards.lowest = min(lora.adapted_layers(self.model))
         self.keeps_pace = self.shards is not None and self.shards.size > 1
@@ -295,6 +295,13 @@ class QLoRAModule(LearnsInParts):
             checkpoint_layers(base_model.model.layers, self.checkpointing)
         # from_pretrained returns every module in eval mode, and Lightning leaves it so: no dropout.
         self.model.train()
+
+    def _refuse_if_slow(self) -> None:
+        """Raises UserError for what only our own layers do, if transformers' are to compute."""
+        if self.slow_because and self.shard is True:
+            raise UserError(f"expected false with {self.slow_because}, got true", option="model.shard")
+        if self.slow_because and self.cuda_graphs is True:
+            raise UserError(f"expected auto or false with {self.slow_because}, got true", option="model.cuda_graphs")
 
     def to(self, *args: Any, **kwargs: Any) -> "QLoRAModule":
         """Move the module as torch does; the layers of a shared base stay where they are."""

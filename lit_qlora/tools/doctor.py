@@ -207,6 +207,7 @@ def _choices(base: Any, options: Any, fit: list[str]) -> Iterator[Finding]:
     """The choices of that fit on this device, and why."""
     from lit_qlora.data.templates import check_template_of_base
     from lit_qlora.model.checkpointing import choose_checkpointing
+    from lit_qlora.model.decoder import why_not_by_settings
     from lit_qlora.model.device import (
         check_attention,
         check_compile,
@@ -214,6 +215,7 @@ def _choices(base: Any, options: Any, fit: list[str]) -> Iterator[Finding]:
         compiles_kernels,
         current_device,
     )
+    from lit_qlora.model.lora import has_bias
     from lit_qlora.model.optimizer import OPTIMIZERS
 
     check_template_of_base(options["data.template"], base.location)
@@ -235,8 +237,14 @@ def _choices(base: Any, options: Any, fit: list[str]) -> Iterator[Finding]:
     why = f"{lacks} missing" if lacks else "as asked" if wanted != "auto" else "a GPU" if on_gpu else "no GPU"
     compiled = f"compile {str(compiles_kernels(wanted, on_gpu, lacks)).lower()} ({why})"
     if not on_gpu:
-        own_layers = options["model.own_layers"] and not options["model.dora"]
-        chosen = choose_checkpointing(options["model.checkpointing"], on_gpu, own_layers)
+        adapter = options["model.adapter"]
+        slow = why_not_by_settings(
+            base.config,
+            options["model.own_layers"],
+            options["model.dora"],
+            has_bias(Path(adapter) if adapter else None),
+        )
+        chosen = choose_checkpointing(options["model.checkpointing"], on_gpu, not slow)
         yield Finding("ok", f"chosen: checkpointing {chosen}, {compiled}")
         return
     yield Finding("ok", f"chosen: {compiled}")

@@ -20,7 +20,7 @@ LLAMA_70B = {
 
 def chosen(monkeypatch: pytest.MonkeyPatch, gib: float, tokens: int, **changes: Any) -> Any:
     monkeypatch.setattr(shard, "current_card", lambda: Card("test", gib, (8, 9)))
-    own = {"shard": "auto", "shard_to": "host", "own_layers": True, "loss_rows": 1024}
+    own = {"shard": "auto", "shard_to": "host", "slow_because": None, "loss_rows": 1024}
     lora = Lora(8, 8.0, 0.0, "all-linear", False, False)
     module = SimpleNamespace(base=SimpleNamespace(shape=Shape.of(LLAMA_70B)), lora=lora, **own | changes)
     data = SimpleNamespace(plan=SimpleNamespace(tokens=tokens, rows=0), max_length=512)
@@ -38,6 +38,6 @@ def test_a_micro_batch_counts_beside_the_weights(
     assert chosen(monkeypatch, gib, tokens) is shared
 
 
-@pytest.mark.parametrize("changes", [{"own_layers": False}, {"shard_to": "gpu"}, {"shard": False}])
+@pytest.mark.parametrize("changes", [{"slow_because": "DoRA"}, {"shard_to": "gpu"}, {"shard": False}])
 def test_what_cannot_be_shared_is_not(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
     assert chosen(monkeypatch, 24, 512, **changes) is False

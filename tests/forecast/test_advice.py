@@ -113,7 +113,7 @@ def test_a_70b_on_a_t4_comes_from_the_hosts_memory():
     assert options.endswith("--model.shard true --model.shard_to host")
     assert after.step.shares_on_host and after.fits()
     assert smallest_change(seven("70b", gib=3)) is None
-    assert smallest_change(seven("70b", own_layers=False)) is None
+    assert smallest_change(seven("70b", slow_because="DoRA")) is None
 
 
 def test_cards_share_a_base_that_no_one_holds_before_anything_else_changes():
@@ -179,7 +179,7 @@ def any_settings(draw):
         rank=draw.choice((4, 16, 64, 256)), num_samples=draw.choice((0, 8)), new_tokens=draw.choice((48, 512)),
         plan=draw.choice((BatchPlan(1), BatchPlan(4), BatchPlan(8), by_tokens)), max_length=length,
         accumulate=draw.choice((1, 4)), checkpointing=draw.choice(("none", "selective", "auto", "full")),
-        cuda_graphs=draw.choice((False, True, "auto")), own_layers=draw.random() > 0.05,
+        cuda_graphs=draw.choice((False, True, "auto")), slow_because=None if draw.random() > 0.05 else "DoRA",
         optimizer=draw.choice([*OPTIMIZERS]),
     )  # fmt: skip
     return any_settings(draw) if forecast.fits(1 - RESERVE) else forecast
@@ -255,11 +255,10 @@ def test_the_quickest_leaves_each_device_a_micro_batch():
 
 
 def test_transformers_own_layers_keep_none_by_auto_and_have_no_quickest():
-    dora = Lora(16, 16, 0.0, "all-linear", False, True)
-    for slow in (seven(checkpointing="auto", own_layers=False), seven(checkpointing="auto", lora=dora)):
-        assert slow.step.kept_layers == 0
-        assert quickest(slow) is None
-    assert seven(checkpointing="none", own_layers=False).step.kept_layers == 32
+    slow = seven(checkpointing="auto", slow_because="DoRA")
+    assert slow.step.kept_layers == 0
+    assert quickest(slow) is None
+    assert seven(checkpointing="none", slow_because="DoRA").step.kept_layers == 32
 
 
 @pytest.mark.parametrize(

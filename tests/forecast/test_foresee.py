@@ -82,7 +82,7 @@ def test_kernels_are_recorded_where_the_card_would_wait_for_its_host(card, token
     assert not replace(made, plan=BatchPlan(1, tokens, packed=True)).step.uses_cuda_graphs
     if wanted == "auto":
         assert not replace(made, lora=replace(made.lora, dropout=0.1)).step.uses_cuda_graphs
-        assert not replace(made, lora=replace(made.lora, dora=True)).step.uses_cuda_graphs
+        assert not replace(made, slow_because="DoRA").step.uses_cuda_graphs
         torch.use_deterministic_algorithms(True)
         try:
             assert not replace(made).step.uses_cuda_graphs
@@ -226,8 +226,9 @@ def test_on_a_card_memory_parts_host_and_time(parts, monkeypatch):
     assert lines[held + 2].split() == ["host", "and", "disk", "GiB"]
     assert lines[held + 3].startswith("  run folder, with 3 checkpoints ")
     assert lines[-2].startswith("  an epoch takes ")
-    slow = list(words.forecast_lines(replace(made, own_layers=False)))
-    assert slow[0].endswith("; may fit") and words.SLOW_LAYERS in slow and words.SLOW_LAYERS not in lines
+    slow = list(words.forecast_lines(replace(made, slow_because="DoRA")))
+    line = "  transformers' own layers take more time and memory than these figures: DoRA"
+    assert slow[0].endswith("; may fit") and line in slow and line not in lines
 
 
 def test_a_card_of_unknown_rates_and_one_too_small():
@@ -290,7 +291,7 @@ def test_layers_are_sent_to_the_host_where_it_has_room_and_the_bus_time():
     little = replace(made, host=foresee.Host(2 * GIB, 6.0)).step
     assert little.kept_layers < 32 and little.hosted_layers == 10 == int(2 * GIB // (4096 * 2 * (4096 + 2 * 11008)))
     assert 0 < replace(made, host=foresee.Host(8 * GIB, 0.5)).step.hosted_layers < 10  # a slow bus
-    for without in ({"host": None}, {"checkpointing": "full"}, {"cuda_graphs": True}, {"own_layers": False}):
+    for without in ({"host": None}, {"checkpointing": "full"}, {"cuda_graphs": True}, {"slow_because": "DoRA"}):
         assert replace(made, **without).step.hosted_layers == 0
 
 
@@ -319,7 +320,7 @@ def test_weights_stay_dequantised_where_a_card_has_room_left():
     assert (small.kept_layers, small.dequantised_layers) == (32, 0)  # some would fill it up
     assert (large.kept_layers, large.dequantised_layers) == (32, 32)
     assert memory.step_memory(replace(large, together=1)).on_card <= 24.0 * GIB * (1 - memory.RESERVE)
-    for other in ({"checkpointing": "none"}, {"checkpointing": "full"}, {"own_layers": False}):
+    for other in ({"checkpointing": "none"}, {"checkpointing": "full"}, {"slow_because": "DoRA"}):
         assert (
             step(**{"tokens": 2048, "card": find_card("h100"), "checkpointing": "auto"} | other).dequantised_layers == 0
         )
@@ -358,6 +359,6 @@ def test_small_micro_batches_of_a_step_go_together_on_a_t4():
     assert "micro-batches of a step go through a layer together" in words.kept_words(short)
     room = DEFAULT.memory_gib * GIB * (1 - memory.RESERVE)
     assert memory.step_memory(short).on_card <= room
-    for other in ({"accumulate": 1}, {"checkpointing": "full"}, {"own_layers": False}, {"cuda_graphs": True}):
+    for other in ({"accumulate": 1}, {"checkpointing": "full"}, {"slow_because": "DoRA"}, {"cuda_graphs": True}):
         assert step(**{"tokens": 256, "checkpointing": "auto", "accumulate": 8} | other).together == 1
     assert step(tokens=256, checkpointing="auto", accumulate=8, num_devices=8).together == 1

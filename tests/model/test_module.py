@@ -385,6 +385,32 @@ def test_transformers_own_layers_compute_again_once_memory_ran_out(tiny, monkeyp
     assert (built.kept_layers, len(calls)) == (0, 2)
 
 
+@pytest.mark.parametrize(
+    ("config", "settings", "why"),
+    [
+        ({}, {}, None),
+        ({"hidden_act": "swish"}, {"dropout": 0.1}, None),
+        ({"hidden_act": "gelu"}, {"dora": True}, "an activation or a dropout that is not Llama's"),
+        ({"attention_dropout": 0.1}, {}, "an activation or a dropout that is not Llama's"),
+        ({}, {"dora": True}, "DoRA"),
+        ({}, {"own_layers": False}, "model.own_layers is false"),
+    ],
+)
+def test_who_computes_the_layers_is_known_before_weights_are_loaded(save_llama, tmp_path, config, settings, why):
+    built = QLoRAModule(str(save_llama(tmp_path / "base", **config)), **settings)
+    assert (built.model, built.slow_because) == (None, why)
+    built.configure_model()
+    assert built.slow_because == why
+
+
+@pytest.mark.parametrize(("option", "expected"), [("shard", "false"), ("cuda_graphs", "auto or false")])
+def test_what_only_our_layers_do_is_refused_before_weights_are_loaded(save_llama, tmp_path, option, expected):
+    base = str(save_llama(tmp_path / "base", hidden_act="gelu"))
+    with pytest.raises(UserError, match=f"expected {expected} with an activation") as caught:
+        QLoRAModule(base, **{option: True})
+    assert caught.value.option == f"model.{option}"
+
+
 def test_the_adapter_to_start_from_is_trained_on(make_model, tiny, tmp_path):
     model = make_model(rank=3)
     save_adapter(model, tiny, tmp_path)
@@ -401,10 +427,8 @@ def test_the_adapter_to_start_from_is_trained_on(make_model, tiny, tmp_path):
 
 def test_kernels_of_an_adapter_that_is_not_ours_to_compute_are_not_recorded(make_model, tiny, tmp_path):
     save_adapter(make_model(rank=3, lora_bias=True), tiny, tmp_path)
-    built = QLoRAModule(tiny.location, adapter=str(tmp_path), rank=3, cuda_graphs=True)
-    built.trainer = trainer()
     with pytest.raises(UserError) as caught:
-        built.configure_model()
+        QLoRAModule(tiny.location, adapter=str(tmp_path), rank=3, cuda_graphs=True)
     assert "model.cuda_graphs: expected auto or false" in str(caught.value)
     assert "lora_bias" in str(caught.value)
 

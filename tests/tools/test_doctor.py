@@ -1,6 +1,7 @@
 """main.py doctor: whatever is missing, broken or too old, it answers, says what to do, and names nobody."""
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ import torch
 from huggingface_hub import errors
 from peft.import_utils import is_torchao_available
 
+from lit_qlora import demo
 from lit_qlora.cli import main
 from lit_qlora.tools import doctor
 from lit_qlora.tools.doctor import without_private_parts
@@ -74,6 +76,14 @@ def test_where_nothing_is_wrong(diagnose, tmp_path):
     assert "     ok  chosen: precision 32-true (no GPU)" in lines
     assert "     ok  chosen: checkpointing none, compile false (no GPU)" in lines
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_base_that_transformers_own_layers_compute(diagnose, tmp_path):
+    base = shutil.copytree(demo.BASE, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text()) | {"hidden_act": "gelu"}
+    (base / "config.json").write_text(json.dumps(config))
+    lines = diagnose("--base", str(base))
+    assert "     ok  chosen: checkpointing auto, compile false (no GPU)" in lines
 
 
 def test_the_readme_s_line():

@@ -198,7 +198,7 @@ def find_splits(source: Source) -> Splits:
     unread = [name for name in found if name not in (*names.values(), *chosen)]
     unread += [] if files is None or source.path == "demo" else splits.beside(source.here, files)
     is_pattern = glob.has_magic(source.path) and not source.here.exists()
-    note = splits.note_of(files) if files and is_pattern and not source.split else ""
+    note = splits.note_of(files, matching(source.here)) if files and is_pattern and not source.split else ""
     return Splits(str(source), names, tuple(unread), splits.others_beside(source.here), bool(source.split), note)
 
 

@@ -37,6 +37,8 @@ FILES = (*PLAIN_ENDINGS, *(ending + packing for ending in PLAIN_ENDINGS for pack
 """Endings of files with rows, the plain ones first."""
 NO_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
 """Files about a data set."""
+MOST_FILES = 8
+"""Most files to name; of more, their number."""
 SHARD = re.compile(r"^(.+?)-(\d+)-of-(\d+)(?:-[0-9a-f]+)?$")
 """One of the files that a split of the hub's is kept in: train-00000-of-00002, with a hash behind it in older ones."""
 
@@ -198,10 +200,11 @@ def _whole_kind(path: Path) -> str | None:
     return name.kind if {*name.others} <= SAY_NOTHING else _name_of(path.parent).exact
 
 
-def note_of(files: Mapping[str, list[Path]]) -> str:
+def note_of(files: Mapping[str, list[Path]], matched: Sequence[Path] = ()) -> str:
     """A note on a pattern's ``files``: how many are training rows, which look held out, which part is missing.
 
-    It may be meant so, unlike in a folder: a pattern can ask for some of the parts.
+    It may be meant so, unlike in a folder: a pattern can ask for some of the parts. What it ``matched`` beside them is
+    not read, and named; but neither a folder without rows of its own, nor a packed file beside the same unpacked.
     """
     paths = files["train"]
     others = {path.name: kind for path in paths if (kind := _whole_kind(path) or _name_of(path).kind) in HELD_KINDS}
@@ -209,7 +212,12 @@ def note_of(files: Mapping[str, list[Path]]) -> str:
     for name, kind in [*others.items()][:1]:
         more = f" and {len(others) - 1:,} more" if len(others) > 1 else ""
         found += f", with {name}{more}: if it is for {kind}, leave it out and give it as data.{kind}_source"
-    return "; ".join([found, *_missing([path for some in files.values() for path in some])])
+    used = [path for paths in files.values() for path in paths]
+    around = {*used, *(parent for path in used for parent in path.parents)}
+    left = [one for one in matched if not {one, one.with_suffix("")} & around and (one.is_file() or _data_in(one))]
+    names = [f"{path.name}/" if path.is_dir() else path.name for path in left[:MOST_FILES]]
+    names += [f"{len(left) - MOST_FILES:,} more"] if len(left) > MOST_FILES else []
+    return "; ".join([found, *([f"not read: {', '.join(names)}"] if left else []), *_missing(used)])
 
 
 def in_folder(folder: Path) -> dict[str, list[Path]]:

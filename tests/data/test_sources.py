@@ -341,6 +341,15 @@ def test_a_pattern_shows_which_files_it_trains_on(files, expected):
     assert find_splits(files[0]).note == find_splits("demo").note == ""
 
 
+def test_a_pattern_shows_what_it_does_not_read():
+    for name in ("a.jsonl", "b.jsonl", "b.jsonl.gz", "notes.txt", "old/c.jsonl", "empty/notes.txt"):
+        write(f"data/{name}")
+    assert find_splits("data/*").note == "2 files to train on; not read: notes.txt, old/"
+    for number in range(10):
+        write(f"data/note-{number}.md")
+    assert find_splits("data/*").note.endswith(", note-5.md, note-6.md, note-7.md, 4 more")
+
+
 def test_a_pattern_is_its_files():
     for name in ("b.jsonl", "a.jsonl", "c.csv", "notes.md"):
         write(f"data/{name}", "text\nx\n" if name.endswith("csv") else '{"text": "x"}\n')

@@ -126,13 +126,15 @@ def slow(monkeypatch):
     monkeypatch.setattr(Answerer, "answer_ids", Slow.answer_ids)
 
 
+ENDED = os.WEXITED | os.WNOHANG | os.WNOWAIT if hasattr(os, "WNOWAIT") else 0
+"""Asks whether a process has ended, and leaves it to be waited for."""
+
+
 @pytest.mark.slow
 def test_twenty_kills_change_nothing(here, slow, capsys):
     (here / "many.txt").write_text("\n".join(questions(80) * 2), encoding="utf-8")
     options = ["--batch_size", "4", "--temperature", "0.7"]
-    began = time.monotonic()
     assert predict(*options, prompts="many.txt", output="whole.jsonl") == 0
-    uncut_s = time.monotonic() - began
     target, part, calls = here / "answers.jsonl", here / ".answers.jsonl.part", here / "calls"
     calls.touch()
     chance, done, rounds, kills = random.Random(0), [0], 0, 0
@@ -141,7 +143,11 @@ def test_twenty_kills_change_nothing(here, slow, capsys):
         if child == 0:
             os._exit(_counted(calls, options))
         if kills < 20:
-            time.sleep(chance.uniform(0.0, uncut_s))
+            # Counted in batches, however slow the machine is: within the start, a batch, or its saving.
+            batches = calls.stat().st_size + chance.randrange(8)
+            while calls.stat().st_size < batches and not os.waitid(os.P_PID, child, ENDED):
+                time.sleep(0.001)
+            time.sleep(chance.uniform(0.0, 0.05))
             os.kill(child, signal.SIGKILL)
         kills += os.WIFSIGNALED(os.waitpid(child, 0)[1])
         now = 41 * rounds + (41 if target.exists() else _lines(part))

@@ -73,7 +73,7 @@ def export(
     require_room(target, needed_bytes, str(target), option="output", remedy=OTHER_DISK)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-        folder = Path(model or f"{scratch}/merged")
+        folder = Path(model or f"{scratch}/.merged")
         if chosen:
             merge_into(folder, chosen, dtype, "quantized")
         unfinished = Path(scratch) / target.name

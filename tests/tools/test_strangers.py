@@ -133,10 +133,12 @@ def test_a_merged_folder_whose_prompts_are_not_known(
     """The folder's weights are converted all the same."""
     shutil.copytree(demo.BASE, "theirs")
     Path("theirs/lit_qlora.json").write_text(content)
-    monkeypatch.setattr(export, "_convert", lambda *_: None)
+    monkeypatch.setattr(export, "_convert", lambda script, model, target, outtype: target.write_bytes(b"GGUF"))
     assert main(VERBS["export --model"]) == 0
     out, err = capsys.readouterr()
-    assert out.startswith("no Modelfile: ") and (out.count("\n"), len(out) < 500, err) == (1, True, "")
+    exported, line = out.splitlines()
+    assert exported.startswith("export model.gguf: ") and Path("model.gguf").read_bytes() == b"GGUF"
+    assert line.startswith("no Modelfile: ") and (len(line) < 500, err) == (True, "")
     assert not Path("model.Modelfile").exists()
 
 

@@ -16,8 +16,10 @@ from lit_qlora.storage.foreign import FLAG, OBJECT, SHARE, Kind, check, number, 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+SILU = ("silu", "swish")
+"""Llama's activation, by its names in config.json."""
 ACTIVATIONS = (
-    "silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_python", "gelu_pytorch_tanh", "gelu_accurate",
+    *SILU, "gelu", "gelu_new", "gelu_fast", "gelu_python", "gelu_pytorch_tanh", "gelu_accurate",
     "quick_gelu", "relu", "relu2", "relu6", "leaky_relu", "mish", "hardswish", "sigmoid", "tanh",
 )  # fmt: skip
 """Activations of transformers without weights or kernels of their own."""

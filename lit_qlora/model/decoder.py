@@ -6,7 +6,7 @@ activations and dropout are computed again in backward, for they cost no matrix 
 of the product it belongs to. Knows neither batches nor the loss.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from lit_qlora.model.architectures import PLACES, Architecture, architecture_of
 from lit_qlora.model.attention import Places, attend
+from lit_qlora.model.config import SILU
 from lit_qlora.model.dequantised import Quantised, Weights
 from lit_qlora.model.offload import HostStore, Parked
 from lit_qlora.model.pointwise import EAGER, Pointwise
@@ -129,10 +130,8 @@ def why_not_by_settings(config: Mapping[str, Any], own_layers: bool, dora: bool,
     """
     if not own_layers:
         return "model.own_layers is false"
-    from transformers.activations import ACT2FN
-
     drops = any(value for name, value in config.items() if name.endswith("dropout"))
-    if drops or not _is_silu(ACT2FN[config.get("hidden_act", "silu")]):
+    if drops or config.get("hidden_act", "silu") not in SILU:
         return _OTHERWISE
     return _DORA if dora else _LORA_BIAS if lora_bias else None
 
@@ -158,7 +157,8 @@ def _why_not(layer: Any, architecture: Architecture) -> str | None:
         return f"layers that are not {architecture.prefix}'s"
     bases = [getattr(module, "base_layer", module) for module in _linears(layer)]
     drops = any(value for part in (attention, mlp) for name, value in vars(part).items() if name.endswith("dropout"))
-    if not _is_silu(mlp.act_fn) or drops:
+    is_silu = torch.equal(mlp.act_fn(_PROBE), functional.silu(_PROBE))
+    if not is_silu or drops:
         return _OTHERWISE
     if any(base.bias is not None and base.bias.requires_grad for base in bases):
         return "biases that are trained"
@@ -186,11 +186,7 @@ def _why_not_lora(module: Any) -> str | None:
     return None
 
 
-def _is_silu(activation: Callable[[Tensor], Tensor]) -> bool:
-    probe = torch.linspace(-3, 3, 7)
-    return torch.equal(activation(probe), functional.silu(probe))
-
-
+_PROBE = torch.linspace(-3, 3, 7)
 _OTHERWISE = "an activation or a dropout that is not Llama's"
 _DORA, _LORA_BIAS = "DoRA", "LoRA with a bias (lora_bias)"
 

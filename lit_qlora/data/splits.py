@@ -200,7 +200,7 @@ def _whole_kind(path: Path) -> str | None:
     return name.kind if {*name.others} <= SAY_NOTHING else _name_of(path.parent).exact
 
 
-def note_of(files: Mapping[str, list[Path]], matched: Sequence[Path] = ()) -> str:
+def note_of(files: Mapping[str, list[Path]], matched: Sequence[Path]) -> str:
     """A note on a pattern's ``files``: how many are training rows, which look held out, which part is missing.
 
     It may be meant so, unlike in a folder: a pattern can ask for some of the parts. What it ``matched`` beside them is

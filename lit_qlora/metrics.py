@@ -1,13 +1,17 @@
-"""Owns the figures of a run: what each is called, how it is written, where it is shown, and which validation is better.
+"""Owns the figures of a run: what each is called, how it comes from sums over answer tokens, how it is written, where
+it is shown, and which validation is better.
 
 All views read this table, which has not: the words of the forecast beside the peaks, the report's tiles of memory and
 the groups of their own in TensorBoard, of sample answers and of the best adapter. A figure that is not in it is
-recorded, too, and is in TensorBoard under its own name. Knows no run, and computes none of them.
+recorded, too, and is in TensorBoard under its own name. Knows no run, and adds nothing up.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
+
+Formula = Callable[[Mapping[str, Any], Callable[[Any], Any]], Any]
+"""A figure from ``loss_sum``, ``num_correct`` and ``num_answers``, sums over answer tokens, and from e's power."""
 
 
 class Metric(NamedTuple):
@@ -23,6 +27,7 @@ class Metric(NamedTuple):
         bar: Title of its highest value in the report's chart of memory.
         starts_at_zero: True if the axis of its chart does.
         is_logged: True if a script's fit logs it, for callbacks to monitor; a held-out one always is.
+        formula: How it is computed; None for what comes otherwise than from `figures_of`.
     """
 
     tag: str = ""
@@ -33,6 +38,7 @@ class Metric(NamedTuple):
     bar: str = ""
     starts_at_zero: bool = False
     is_logged: bool = False
+    formula: Formula | None = None
 
     def written(self, value: Any) -> str:
         """``value``, a number or its text, as it is shown; a huge one in powers of ten."""
@@ -44,10 +50,24 @@ def _of_memory(title: str, label: str, bar: str = "") -> Metric:
     return Metric(f"4 Memory (GiB)/{title}", "", ".2f", label, bar=bar)
 
 
+def _loss(sums: Mapping[str, Any], exp: Callable[[Any], Any]) -> Any:
+    return sums["loss_sum"] / sums["num_answers"]
+
+
+def _perplexity(sums: Mapping[str, Any], exp: Callable[[Any], Any]) -> Any:
+    return exp(_loss(sums, exp))  # the mean comes first: a mean of exponentials is another figure
+
+
+def _accuracy(sums: Mapping[str, Any], exp: Callable[[Any], Any]) -> Any:
+    return sums["num_correct"] / sums["num_answers"]
+
+
 METRICS = {
-    "train/loss": Metric("1 Loss/nats per token", "Loss (nats per token)", is_logged=True),
-    "train/accuracy": Metric("5 Tokens/accuracy", "Tokens predicted correctly", ".1%", is_logged=True),
-    "train/perplexity": Metric("5 Tokens/perplexity"),
+    "train/loss": Metric("1 Loss/nats per token", "Loss (nats per token)", is_logged=True, formula=_loss),
+    "train/perplexity": Metric("5 Tokens/perplexity", formula=_perplexity),
+    "train/accuracy": Metric(
+        "5 Tokens/accuracy", "Tokens predicted correctly", ".1%", is_logged=True, formula=_accuracy
+    ),
     "train/learning_rate": Metric("2 Learning/learning rate", "Learning rate"),
     "train/gradient_norm": Metric("2 Learning/gradient norm", "Gradient norm", is_logged=True),
     "train/epoch": Metric("3 Speed/epoch"),
@@ -64,14 +84,34 @@ METRICS = {
     "memory/host_gib": _of_memory("host", "host", "host"),
     "memory/predicted_reserved_gib": _of_memory("training, reserved", "predicted reserved"),
     "val/loss": Metric(
-        "1 Loss/nats per token", "Loss (nats per token)", ".4f", "held-out loss, nats per token", "held-out loss {:<7}"
+        "1 Loss/nats per token", "Loss (nats per token)", ".4f", "held-out loss, nats per token",
+        "held-out loss {:<7}", formula=_loss,
     ),
-    "val/perplexity": Metric("5 Tokens/perplexity", "", ",.2f", "held-out perplexity", "perplexity {:<8}"),
+    "val/perplexity": Metric(
+        "5 Tokens/perplexity", "", ",.2f", "held-out perplexity", "perplexity {:<8}", formula=_perplexity
+    ),
     "val/accuracy": Metric(
-        "5 Tokens/accuracy", "Tokens predicted correctly", ".1%", "held-out token accuracy", "accuracy {:>6}"
+        "5 Tokens/accuracy", "Tokens predicted correctly", ".1%", "held-out token accuracy", "accuracy {:>6}",
+        formula=_accuracy,
     ),
-}
+}  # fmt: skip
 """The figures by their names in the record; of each group, the order in which they are shown."""
+
+
+def figures_of(part: str, sums: Mapping[str, Any], exp: Callable[[Any], Any]) -> dict[str, Any]:
+    """The figures that are computed from sums over answer tokens, by name.
+
+    Args:
+        part: ``train`` or ``val``; or ``test``, which has the figures of ``val``.
+        sums: as `Formula` takes them: numbers, tensors or arrays.
+        exp: e's power of such.
+    """
+    table = "val" if part == "test" else part
+    return {
+        f"{part}/{name.removeprefix(f'{table}/')}": metric.formula(sums, exp)
+        for name, metric in METRICS.items()
+        if metric.formula and name.startswith(f"{table}/")
+    }
 
 
 def is_held_out(name: str) -> bool:

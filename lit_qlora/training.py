@@ -274,7 +274,7 @@ class QLoRACLI(LightningCLI):
         if self.scores:
             self.datamodule.recall(self.run.rows)
         else:  # only here, since the model's and the data's options are checked by now
-            check_optimizer(self.model.optimizer_name, current_device().capability is not None)
+            check_optimizer(self.model.optimizer_name, current_device().is_gpu)
             check_shares(num_processes, int(config["accumulate_grad_batches"]))
             self._prepare_fit()
         shows_bar = config.get("enable_progress_bar") is not False and is_first()
@@ -408,13 +408,13 @@ class QLoRACLI(LightningCLI):
             datamodule: its rows.
         """
         say_loading(model, datamodule)
-        score, prefix = {"validate": (self.trainer.validate, "val"), "test": (self.trainer.test, "test")}[self.verb]
+        score = {"validate": self.trainer.validate, "test": self.trainer.test}[self.verb]
         score(model, datamodule=datamodule, ckpt_path=self.resume_from, verbose=False)
         for line in datamodule.describe():
             print(f"  data  {line}")
         print(f" model  {self.resume_from or model.adapter or f'{model.base.name}, no adapter'}")
-        for name in ("loss", "perplexity", "accuracy"):
-            print(f"{f'{prefix}/{name}':>16}  {self.trainer.callback_metrics[f'{prefix}/{name}']:.6f}")
+        for name, value in self.trainer.callback_metrics.items():
+            print(f"{name:>16}  {value:.6f}")
 
     test = validate
 

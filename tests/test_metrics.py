@@ -2,8 +2,10 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
@@ -15,7 +17,8 @@ from lit_qlora.figures.charts import charts
 from lit_qlora.figures.record import Record
 from lit_qlora.figures.report import report_page
 from lit_qlora.figures.tensorboard import Board
-from lit_qlora.metrics import METRICS, Metric, held_out, is_better, logged
+from lit_qlora.metrics import METRICS, Metric, figures_of, held_out, is_better, logged
+from lit_qlora.model.module import QLoRAModule
 from lit_qlora.model.script import check_monitors
 from lit_qlora.storage.run import RunFolder
 from lit_qlora.trainer import own_callbacks
@@ -57,6 +60,32 @@ def test_what_a_validation_and_a_script_have():
     assert "train/learning_rate" not in logged()
     shown = {**held_out(), **{name: one for name, one in METRICS.items() if name.startswith("memory/")}}
     assert len(shown) == 11 and all(metric.tag and metric.label and metric.form for metric in shown.values())
+
+
+def test_figures_from_sums_over_answer_tokens():
+    sums = {"loss_sum": 2.0, "num_correct": 1.0, "num_answers": 4.0}
+    found = {"loss": 0.5, "perplexity": math.exp(0.5), "accuracy": 0.25}
+    for part in ("train", "val", "test"):
+        assert figures_of(part, sums, math.exp) == {f"{part}/{name}": value for name, value in found.items()}
+
+
+def test_a_formula_is_all_that_a_new_one_takes(monkeypatch):
+    for name in ("train/wrong", "val/wrong"):
+        wrong = Metric(is_logged=True, formula=lambda sums, exp: sums["num_answers"] - sums["num_correct"])
+        monkeypatch.setitem(METRICS, name, wrong)
+    outputs = {"loss_sum": torch.tensor(2.0), "num_correct": torch.tensor(1), "num_answers": 4}
+    module, seen = QLoRAModule("demo"), {}
+    monkeypatch.setattr(module, "_log", seen.update)
+    module.trainer = SimpleNamespace(global_step=0, log_every_n_steps=1)
+    module._sums.add(outputs)
+    module.on_before_optimizer_step(None)
+    for metric, value in zip(
+        (module.held_out_loss, module.held_out_correct, module.held_out_tokens), outputs.values(), strict=True
+    ):
+        metric.update(value)
+    module.on_test_epoch_end()
+    assert (seen["train/wrong"], seen["test/wrong"]) == (3, 3)
+    assert {"train/wrong", "val/wrong"} <= {*logged()}
 
 
 @pytest.mark.usefixtures("_added")

@@ -10,6 +10,7 @@ from lit_qlora.batch import Batch
 from lit_qlora.callbacks.record import record
 from lit_qlora.callbacks.steps import StepCallback, is_log_step
 from lit_qlora.devices.world import is_first
+from lit_qlora.metrics import figures_of
 from lit_qlora.model.sums import AnswerSums
 
 
@@ -40,18 +41,15 @@ class TrainMetrics(StepCallback):
         """Record at the end of the log interval."""
         if not is_log_step(trainer):
             return
-        means = {name: float(value) for name, value in self.sums.over_all().means().items()}
-        loss = means["train/loss"]
+        sums = {name: float(value) for name, value in self.sums.over_all().to_divide().items()}
         figures = {
-            "train/loss": loss,
-            "train/perplexity": math.exp(loss) if loss < 700 else math.inf,
-            **means,
+            **figures_of("train", sums, lambda loss: math.exp(loss) if loss < 700 else math.inf),
             "train/gradient_norm": float(module.gradient_norm),
             "train/learning_rate": self.learning_rate,
             "train/epoch": trainer.current_epoch + (trainer.fit_loop.batch_idx + 1) / trainer.num_training_batches,
         }
         record(trainer, figures)
-        self.last_loss = loss
+        self.last_loss = figures["train/loss"]
         self.sums.reset()
 
     def state_dict(self) -> dict[str, float]:

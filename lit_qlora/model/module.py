@@ -24,6 +24,7 @@ from lit_qlora.devices.asked import check_shard
 from lit_qlora.devices.strategy import ends_step
 from lit_qlora.devices.world import is_first, local_first
 from lit_qlora.errors import UserError, require
+from lit_qlora.metrics import figures_of, logged
 from lit_qlora.model import load, lora, script
 from lit_qlora.model.architectures import LINEARS
 from lit_qlora.model.base import Base, check_context, check_lora, find_base, split_names
@@ -266,7 +267,7 @@ class QLoRAModule(LearnsInParts):
         device = current_device()
         check_kernels(device)
         precision, _ = choose_precision("auto", device, self.base.shape.num_parameters)
-        return compute_dtype(precision), torch.device("cuda" if device.capability else "cpu")
+        return compute_dtype(precision), torch.device("cuda" if device.is_gpu else "cpu")
 
     def _load(self, dtype: torch.dtype, device: torch.device) -> None:
         given, copies = self._given_base, Copies(self.quantized_cache)
@@ -519,7 +520,8 @@ class QLoRAModule(LearnsInParts):
         """
         if not self._sums:  # a run's callbacks have them, or a subclass has a training step of its own
             return
-        self._log(self._sums.means())
+        figures = figures_of("train", self._sums.to_divide(), torch.exp)
+        self._log({name: value for name, value in figures.items() if name in logged()})
         step, interval = self.trainer.global_step + 1, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if interval and step % interval == 0:
             self._sums.reset()
@@ -547,21 +549,13 @@ class QLoRAModule(LearnsInParts):
         """Log the same for the test rows."""
         self._log_held_out("test")
 
-    def _log_held_out(self, prefix: str) -> None:
+    def _log_held_out(self, part: str) -> None:
         if self.shards:
             self.shards.keep_pace(backward=False)
         if not self.held_out_tokens.update_called:  # a subclass may score in a way of its own
             return
-        sums = self.held_out_loss, self.held_out_correct, self.held_out_tokens
-        loss_sum, num_correct, tokens = (metric.compute() for metric in sums)
-        loss = loss_sum / tokens
-        self._log(
-            {
-                f"{prefix}/loss": loss,
-                f"{prefix}/perplexity": loss.exp(),  # the mean comes first: a mean of exponentials is another figure
-                f"{prefix}/accuracy": num_correct / tokens,
-            }
-        )
+        found = (one.compute() for one in (self.held_out_loss, self.held_out_correct, self.held_out_tokens))
+        self._log(figures_of(part, dict(zip(AnswerSums.NAMES, found, strict=True)), torch.exp))
 
     def _log(self, figures: Mapping[str, Tensor]) -> None:
         """Log by Lightning's own logging. In a run, callbacks log all figures of a step at once."""

@@ -34,11 +34,10 @@ class AnswerSums:
             for name in self.NAMES:
                 self._sums[name] = self._sums[name] + one[name]
 
-    def means(self) -> dict[str, Tensor]:
-        """Loss per answer token in nats, and the share of answer tokens that were the likeliest: fp64, by name."""
-        loss_sum, num_correct = (torch.as_tensor(self._sums[name], dtype=torch.float64) for name in self.NAMES[:2])
-        num_answers = max(self._sums["num_answers"], 1)
-        return {"train/loss": loss_sum / num_answers, "train/accuracy": num_correct / num_answers}
+    def to_divide(self) -> dict[str, Tensor]:
+        """The sums in fp64, by name, of at least one answer token."""
+        sums = {name: torch.as_tensor(value, dtype=torch.float64) for name, value in self._sums.items()}
+        return sums | {"num_answers": sums["num_answers"].clamp(min=1)}
 
     def over_all(self) -> "AnswerSums":
         """The sums over the processes of a run."""

@@ -19,6 +19,7 @@ from lit_qlora.data.sources import check_sources
 from lit_qlora.devices.asked import Precision
 from lit_qlora.errors import UserError, recorded_in
 from lit_qlora.figures.lines import json_number
+from lit_qlora.metrics import figures_of, held_out
 from lit_qlora.options import LINKED
 from lit_qlora.quiet import quieten
 from lit_qlora.ranges import check_ranges
@@ -160,15 +161,17 @@ def _held_out(chosen: ResolvedAdapter, source: str | None, max_length: int | Non
 def _score_held_out(scoring: "Scoring", data: "ChatDataModule", part: str, draws: int, seed: int) -> dict[str, Any]:
     import numpy as np
 
+    from lit_qlora.model.sums import AnswerSums
     from lit_qlora.tools.scoring.intervals import bootstrap
 
     def figures(sums: Any) -> Any:
         with np.errstate(over="ignore"):  # of a broken model, infinite
-            return np.array([sums[0] / sums[2], np.exp(sums[0] / sums[2]), sums[1] / sums[2]])
+            return np.array([*figures_of("val", dict(zip(AnswerSums.NAMES, sums, strict=True)), np.exp).values()])
 
     base, adapter = scoring.held_out(data, part)
     compared = bootstrap(base, adapter, figures, draws, seed)
-    rows = dict(zip(("loss", "perplexity", "accuracy"), compared, strict=True))
+    names = [name.removeprefix("val/") for name, metric in held_out().items() if metric.formula]
+    rows = dict(zip(names, compared, strict=True))
     for line in data.describe():
         print(f" data  {line}")
     _print_note(f"drawn from {number_of(len(base), 'conversations')}", draws, rows, "conversations")

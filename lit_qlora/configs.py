@@ -10,6 +10,7 @@ from shlex import quote
 
 import yaml
 
+from lit_qlora.data.row_files import TABLES
 from lit_qlora.errors import SecretError, UserError, excerpt, nearest
 from lit_qlora.options import LINKED
 from lit_qlora.place import CONFIGS
@@ -56,7 +57,7 @@ def check_config_file(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoade
     """
     if path.is_dir():
         raise UserError(f"{path} is a folder, expected a YAML file", option="config")
-    if not path.is_file() or path.suffix in (".jsonl", ".csv", ".tsv", ".parquet"):
+    if not path.is_file() or path.suffix in (".jsonl", *TABLES):
         raise _no_config(path)
     text = decoded(path.read_bytes(), place=path)
     root: yaml.Node | None = None

@@ -27,9 +27,11 @@ OTHER_NAMES = {".ndjson": ".jsonl", ".tsv": ".csv", ".feather": ARROW}
 PACKED = (".gz", ".zst", ".bz2", ".xz")
 """Further endings of packed files, which are unpacked while they are read."""
 _NAME_IT = 'name it after what it holds, such as rows.jsonl, or write each text as a row {"text": "…"}'
-_SAVE_IT = "save it as .csv, in UTF-8"
-INSTEAD = {".txt": _NAME_IT, "": _NAME_IT, ".xlsx": _SAVE_IT, ".xls": _SAVE_IT, ".ods": _SAVE_IT}
+SHEETS = (".xlsx", ".xls", ".ods")
+INSTEAD = {".txt": _NAME_IT, "": _NAME_IT} | dict.fromkeys(SHEETS, "save it as .csv, in UTF-8")
 """Remedies for files of other endings."""
+TABLES = (".csv", ".tsv", ".parquet", ".feather", ARROW, *SHEETS)
+"""Endings of files that hold no JSON, and neither lines of text nor YAML."""
 COMPRESSED = (*PACKED, ".zip", ".tar", ".tgz", ".7z")
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 """Separators of the cells of a .csv, the usual one first."""

@@ -21,6 +21,7 @@ from lit_qlora.console import counted
 from lit_qlora.errors import UserError
 from lit_qlora.model.base import Base, commit, find_base
 from lit_qlora.model.config import for_transformers
+from lit_qlora.model.device import dtype_name
 from lit_qlora.model.fingerprint import ORIGINAL, fingerprint, short, write_original
 from lit_qlora.model.load import nf4, quantise, read_tensor
 from lit_qlora.model.weights import BUFFER, LM_HEAD, check_weights, fetch, is_linear, stored_tensors
@@ -168,7 +169,7 @@ def _name(base: Base, dtype: torch.dtype | Literal["*"], device_type: str) -> st
     # A commit is known before any weight is downloaded; a folder is known by its content.
     state = commit(base) or short(fingerprint(base))
     name = re.sub(r"[*?\[]", "_", base.public_name.replace("/", "--"))  # which have a meaning in a glob pattern
-    return f"{name}-{state[:12]}-nf4-{str(dtype).removeprefix('torch.')}-{device_type}"
+    return f"{name}-{state[:12]}-nf4-{dtype if isinstance(dtype, str) else dtype_name(dtype)}-{device_type}"
 
 
 def _verify(folder: Path) -> None:

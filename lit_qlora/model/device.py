@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import sysconfig
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from pathlib import Path
@@ -25,6 +25,8 @@ Attention = Literal["sdpa", "eager", "flash_attention_2"]
 
 AMPERE = (8, 0)
 """The first compute capability with bf16 tensor cores and FlashAttention 2. A T4 is 7.5."""
+NEED_AMPERE = ("bf16-mixed", "flash_attention_2")
+"""The precision and the attention that no GPU below it computes."""
 TRITON = (7, 0)
 """The first for which triton compiles."""
 
@@ -43,6 +45,11 @@ class Device(NamedTuple):
     capability: tuple[int, int] | None
     memory_bytes: int = 0
     is_here: bool = True
+
+    @property
+    def is_gpu(self) -> bool:
+        """True for a GPU."""
+        return self.capability is not None
 
 
 _DECIDED_FOR: ContextVar[Device | None] = ContextVar("_DECIDED_FOR", default=None)
@@ -80,13 +87,26 @@ def current_device(accelerator: str = "auto") -> Device:
     return Device(torch.cuda.get_device_name(), torch.cuda.get_device_capability(), room_bytes)
 
 
+def capability_words(capability: tuple[int, int]) -> str:
+    """A compute ``capability`` as NVIDIA writes it, such as 7.5."""
+    return ".".join(map(str, capability))
+
+
+def by_bf16(gpus: Iterable[int]) -> tuple[list[int], list[int]]:
+    """The GPUs among ``gpus``, by their numbers on this machine, that have bf16; and those that have not."""
+    with_bf16, others = list[int](), list[int]()
+    for gpu in gpus:
+        (with_bf16 if torch.cuda.get_device_capability(gpu) >= AMPERE else others).append(gpu)
+    return with_bf16, others
+
+
 def lacks_kernels(capability: tuple[int, int]) -> str | None:
     """Why this build of torch can't compute on a GPU of compute ``capability``, major and minor; None if it can."""
     built = filter(None, (re.fullmatch(r"sm_(\d+)(\d)[a-z]?", name) for name in torch.cuda.get_arch_list()))
     oldest = min(((int(one[1]), int(one[2])) for one in built), default=capability)
     if capability >= oldest:
         return None
-    shown, least = (f"{major}.{minor}" for major, minor in (capability, oldest))
+    shown, least = map(capability_words, (capability, oldest))
     return f"compute capability {shown}, and torch {torch.__version__} has kernels from {least} on"
 
 
@@ -140,10 +160,11 @@ def choose_precision(wanted: Precision, device: Device, num_weights: int = 0) ->
         if wanted == "auto":
             return "32-true", "no GPU"
         return wanted, "as asked"
-    shown = f"{capability[0]}.{capability[1]}"
-    if wanted == "bf16-mixed" and capability < AMPERE:
+    shown = capability_words(capability)
+    if wanted in NEED_AMPERE and capability < AMPERE:
+        needed = f"{capability_words(AMPERE)} is needed; torch would emulate it, slowly"
         raise UserError(
-            f"{device.name} has compute capability {shown} and no bf16 (8.0 is needed; torch would emulate it, slowly)",
+            f"{device.name} has compute capability {shown} and no bf16 ({needed})",
             option="trainer.precision",
             remedy="use auto or 16-mixed",
         )
@@ -170,11 +191,11 @@ def check_attention(attention: Attention, device: Device) -> None:
     Raises:
         UserError: it can't, or a package is missing for it.
     """
-    if attention != "flash_attention_2":
+    if attention not in NEED_AMPERE:
         return
     if device.capability is None or device.capability < AMPERE:
         raise UserError(
-            f"flash_attention_2 needs compute capability 8.0 or above, {device.name} has less",
+            f"{attention} needs compute capability {capability_words(AMPERE)} or above, {device.name} has less",
             option="model.attention",
             remedy="use sdpa",
         )
@@ -183,7 +204,7 @@ def check_attention(attention: Attention, device: Device) -> None:
     from transformers.utils import is_flash_attn_2_available
 
     if not is_flash_attn_2_available():
-        raise UserError("flash_attention_2 needs the package flash-attn", option="model.attention", remedy="use sdpa")
+        raise UserError(f"{attention} needs the package flash-attn", option="model.attention", remedy="use sdpa")
 
 
 def compiler_lacks(capability: tuple[int, int] | None) -> list[str]:
@@ -194,7 +215,7 @@ def compiler_lacks(capability: tuple[int, int] | None) -> list[str]:
     """
     on_gpu = capability is not None
     missing = [] if not on_gpu or importlib.util.find_spec("triton") else ["triton"]
-    missing += ["a GPU of compute capability 7.0"] if capability and capability < TRITON else []
+    missing += [f"a GPU of compute capability {capability_words(TRITON)}"] if capability and capability < TRITON else []
     names = (os.environ.get("CC", "cc"), "gcc", "clang") if on_gpu else (os.environ.get("CXX", "g++"), "clang++")
     missing += [] if any(map(shutil.which, names)) else ["a C compiler"]
     headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
@@ -212,8 +233,7 @@ def check_compile(wanted: bool | str, device: Device) -> str | None:
     Raises:
         UserError: compilation is requested explicitly, and something is missing for it.
     """
-    on_gpu = device.capability is not None
-    if not device.is_here or wanted is False or (wanted == "auto" and not on_gpu):
+    if not device.is_here or wanted is False or (wanted == "auto" and not device.is_gpu):
         return None
     missing = " and ".join(compiler_lacks(device.capability))
     if missing and wanted is True:
@@ -232,6 +252,11 @@ def compiles_kernels(wanted: bool | str, on_gpu: bool, lacks: str | None) -> boo
         lacks: what `check_compile` found.
     """
     return lacks is None and (on_gpu if wanted == "auto" else bool(wanted))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A ``dtype`` as files name it, such as bfloat16."""
+    return str(dtype).removeprefix("torch.")
 
 
 DTYPES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16, "32-true": torch.float32}

@@ -19,6 +19,7 @@ from lit_qlora.errors import UserError, one_line, require
 from lit_qlora.model import lora_config
 from lit_qlora.model.architectures import LINEARS
 from lit_qlora.model.base import Base
+from lit_qlora.model.device import dtype_name
 from lit_qlora.model.fingerprint import fingerprint, short
 from lit_qlora.model.lora_names import PREFIX, parse_name
 from lit_qlora.model.shape import target_names
@@ -284,7 +285,7 @@ def save_adapter(model: "PeftModel", base: Base, folder: Path, prompt_format: Pr
     (folder / CARD).unlink(missing_ok=True)
     record = {"base": base.public_name, "base_fingerprint": fingerprint(base), **prompt_format.record()}
     # The values in 4 bits depend on the dtype that they were rounded to before.
-    record["base_dtype"] = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
+    record["base_dtype"] = dtype_name(model.get_input_embeddings().weight.dtype)
     record |= {name: config[key] for name, key in IN_CONFIG.items()}
     (folder / RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")
 

@@ -36,7 +36,7 @@ from lit_qlora.devices.strategy import Replicas
 from lit_qlora.errors import UserError, excerpt, require
 from lit_qlora.metrics import held_out, logged
 from lit_qlora.model.base import Base
-from lit_qlora.model.device import check_kernels, choose_precision, compute_dtype, current_device
+from lit_qlora.model.device import check_kernels, choose_precision, compute_dtype, current_device, dtype_name
 from lit_qlora.model.fingerprint import fingerprint, short
 from lit_qlora.model.lora import Lora
 from lit_qlora.place import COMMAND
@@ -128,7 +128,7 @@ def check_trained(module: LightningModule, adapter: Mapping[str, torch.Tensor]) 
             problem = f"{name} would be trained beside the adapter, and never saved"
             raise UserError(problem, option="model", remedy="freeze it (requires_grad=False), or train it elsewhere")
         if value.dtype != torch.float32:
-            problem = f"expected an adapter in fp32, got {str(value.dtype).removeprefix('torch.')}"
+            problem = f"expected an adapter in fp32, got {dtype_name(value.dtype)}"
             raise UserError(problem, option="model", remedy="leave .half() and its kin out: trainer.precision says it")
 
 

@@ -19,7 +19,7 @@ from lit_qlora.console import complain, note, progress_bar
 from lit_qlora.data.forms import check_columns
 from lit_qlora.data.records import Counts
 from lit_qlora.data.row import read_row
-from lit_qlora.data.row_files import ARROW, COMPRESSED, ENDINGS, Row
+from lit_qlora.data.row_files import ARROW, COMPRESSED, ENDINGS, TABLES, Row
 from lit_qlora.data.sources import Source, SourceOption, find_splits, matching, read_source, sources_of
 from lit_qlora.data.splits import FILES
 from lit_qlora.errors import UserError, require
@@ -37,9 +37,6 @@ from lit_qlora.wording import number_of
 ANSWERED = "last answers left out, for each question is answered here"
 SECONDS_BETWEEN_LINES = 10
 """Seconds between lines of progress without a terminal on standard error."""
-
-OTHERWISE = (".csv", ".tsv", ".parquet", ".feather", ".xlsx", ARROW, *COMPRESSED)
-"""Endings of files that are written otherwise than the answers."""
 
 
 def predict(
@@ -71,7 +68,7 @@ def predict(
     sampling = Sampling(**drawn)
     check_ranges({"batch_size": batch_size})
     target = output_path(output)
-    is_otherwise = target.name.lower().endswith(OTHERWISE)
+    is_otherwise = target.name.lower().endswith((*TABLES, *COMPRESSED))
     require(not is_otherwise, "output", "a name for JSON lines, such as answers.jsonl", output)
     unfinished = Unfinished(target)
     unfinished.check_free()
@@ -88,7 +85,7 @@ def predict(
         print(f"finished: {target} holds {these}; nothing to do")
         return
     with unfinished.open(belongs_to) as done:
-        answers = _answer_all(answerer, ids, sampling, batch_size, unfinished, done)
+        answers = _answer_all(answerer, ids, sampling, belongs_to, unfinished, done)
         lines = [
             {"prompt": conversation.turns[-1].content, "answer": text, "stopped": stopped}
             for (_, conversation), (text, stopped) in zip(questions, answers, strict=True)
@@ -119,20 +116,24 @@ def _answer_all(
     answerer: Answerer,
     ids: list[list[int]],
     sampling: Sampling,
-    batch_size: int,
+    belongs_to: Mapping[str, Any],
     unfinished: Unfinished,
     done: dict[int, Any],
 ) -> list[tuple[str, bool]]:
     """Text and whether it ended by itself, for each prompt in order; saves each batch as it is finished."""
-    batches = batches_by_length([len(prompt) for prompt in ids], batch_size)
-    answered, said_at = sum(len(batches[number]) for number in done), time.monotonic()
-    if answered:
-        note(f"{answered} of {len(ids)} were answered before: resuming")
-    with progress_bar("answers", total=len(ids), initial=answered) as bar:
+    batches = batches_by_length([len(prompt) for prompt in ids], belongs_to["batch_size"])
+    before, said_at = sum(len(batches[number]) for number in done), time.monotonic()
+    answered = before
+    if before:
+        note(f"{before} of {len(ids)} were answered before: resuming")
+    with progress_bar("answers", total=len(ids), initial=before) as bar:
         for number, places in enumerate(batches):
             if number in done:
                 continue
             answers = _answer_batch(answerer, [ids[place] for place in places], sampling, number)
+            if answered == before and _adapter_digest(answerer.adapter) != belongs_to["adapter"]:  # by now it is loaded
+                problem = f"{answerer.adapter} was replaced by a running training meanwhile"
+                raise UserError(f"predict: {problem}, and no answer is kept", remedy="give the command again")
             done[number] = [[answer.text, answer.stopped] for answer in answers]
             unfinished.add(number, done[number])
             bar.update(len(places))
@@ -160,17 +161,24 @@ def _answer_batch(answerer: Answerer, ids: list[list[int]], sampling: Sampling, 
         ) from error
 
 
-def _belongs_to(answerer: Answerer, ids: list[list[int]], sampling: Sampling, batch_size: int) -> dict[str, Any]:
-    """Everything that decides the answers, by the names of the options."""
+def _adapter_digest(folder: Path) -> str:
+    """A hash of the files of the adapter in ``folder``."""
     adapter = hashlib.sha256()
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        with (answerer.adapter / name).open("rb") as file:
+        with (folder / name).open("rb") as file:
             adapter.update(hashlib.file_digest(file, "sha256").digest())
+    return adapter.hexdigest()[:12]
+
+
+def _belongs_to(answerer: Answerer, ids: list[list[int]], sampling: Sampling, batch_size: int) -> dict[str, Any]:
+    """Everything that decides the answers, by the names of the options."""
+    from lit_qlora.model.device import dtype_name
+
     return {
         "prompts": hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:12],
-        "adapter": adapter.hexdigest()[:12],
+        "adapter": _adapter_digest(answerer.adapter),
         "base": answerer.base.public_name,
-        "computed in": str(answerer.dtype).removeprefix("torch."),
+        "computed in": dtype_name(answerer.dtype),
         **asdict(sampling),
         "stop": [*sampling.stop],  # as JSON has it, with which it is compared
         "batch_size": batch_size,

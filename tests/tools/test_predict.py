@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from lit_qlora.cli import main
 from lit_qlora.data.tokenizer import load_tokenizer
 from lit_qlora.errors import UserError
 from lit_qlora.model.generate import Sampling
+from lit_qlora.storage.folders import MANIFEST
 from lit_qlora.text import guanaco
 from lit_qlora.text.conversation import Conversation, Turn
 from lit_qlora.text.formats import make_format
@@ -223,6 +225,25 @@ def test_what_was_answered_is_not_answered_again(here, capsys, monkeypatch):
     assert (here / "answers.jsonl").read_bytes() == (here / "whole.jsonl").read_bytes()
 
 
+def test_an_adapter_that_is_replaced_while_it_is_loaded_is_asked_for_again(here, trained, capsys, monkeypatch):
+    """Answers of the new one would be recorded as those of the one before."""
+    adapter = Path(shutil.copytree(trained / "adapter", here / "adapter"))
+    (adapter / MANIFEST).unlink()
+
+    def replaced(answerer, ids, sampling):
+        with (adapter / "adapter_config.json").open("a") as file:
+            file.write("\n")
+        return Slow.answer_ids(answerer, ids, sampling)
+
+    monkeypatch.setattr(Answerer, "answer_ids", replaced)
+    assert predict("--adapter", str(adapter)) == 2
+    error = capsys.readouterr().err
+    check_line(error, str(adapter), "replaced", "again", begins="error: predict: ")
+    monkeypatch.setattr(Answerer, "answer_ids", Slow.answer_ids)
+    assert predict("--adapter", str(adapter)) == 0
+    assert capsys.readouterr().err == "", "nothing was kept, to be resumed"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -236,8 +257,13 @@ def test_what_was_answered_is_not_answered_again(here, capsys, monkeypatch):
     ids=str,
 )
 def test_what_was_begun_for_something_else_is_refused(here, slow, change, message, capsys, monkeypatch):
-    def fails(*_):
-        raise KeyboardInterrupt
+    asked = []
+
+    def fails(*given):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(given)
+        return Slow.answer_ids(*given)
 
     monkeypatch.setattr(Answerer, "answer_ids", fails)
     with pytest.raises(KeyboardInterrupt):
@@ -588,6 +614,8 @@ def test_too_much_for_the_memory_is_one_line(here, capsys, monkeypatch):
     monkeypatch.setattr(Answerer, "answer_ids", full)
     assert predict() == 2
     assert capsys.readouterr().err.startswith("error: batch_size: too much for the memory: 8 prompts of up to ")
+    monkeypatch.setattr(Answerer, "answer_ids", Slow.answer_ids)
+    assert predict("--batch_size", "4") == 0, "nothing was answered in other batches"
 
 
 @pytest.mark.parametrize("name", ["j", "j.doc"])

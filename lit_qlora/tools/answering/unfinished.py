@@ -116,19 +116,21 @@ class Unfinished:
 
     def _read(self, belongs_to: Mapping[str, Any]) -> dict[int, Any]:
         self._file.seek(0)
-        header = self._file.readline()
-        if not header.endswith(b"\n"):  # nothing was begun, or killed within its first line
+        header, *lines = [*self._file] or [b""]
+        was = _parsed_line(header)
+        # Nothing was begun, or ended within its first line or before the first answers: for want of memory, say.
+        if not header.endswith(b"\n") or (isinstance(was, dict) and not lines):
             self._file.truncate(0)
             self._write(belongs_to)
             return {}
-        if (was := _parsed_line(header)) != belongs_to:
+        if was != belongs_to:
             raise UserError(
                 f"{self.target} was begun with other settings ({_differences(was, belongs_to)})",
                 option="output",
                 remedy=f"give those again, or another name, or delete {self.path}",
             )
         batches, whole_bytes = {}, len(header)
-        for line in self._file:
+        for line in lines:
             row = _parsed_line(line)
             if row is None or not line.endswith(b"\n"):
                 break

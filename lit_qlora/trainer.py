@@ -31,7 +31,14 @@ from lit_qlora.devices.strategy import Replicas
 from lit_qlora.devices.world import world
 from lit_qlora.errors import UserError, one_line
 from lit_qlora.metrics import held_out
-from lit_qlora.model.device import AMPERE, check_kernels, choose_precision, current_device, decides_for_another
+from lit_qlora.model.device import (
+    by_bf16,
+    capability_words,
+    check_kernels,
+    choose_precision,
+    current_device,
+    decides_for_another,
+)
 from lit_qlora.model.script import CHANGING, check_monitored, refuse_kinds
 from lit_qlora.options import OneLineErrors, quoted
 from lit_qlora.place import COMMAND
@@ -189,7 +196,7 @@ class QLoRATrainer(Trainer):
         ours = ("self", "num_nodes", "num_weights", "kwargs", "__class__")
         kwargs |= {name: value for name, value in locals().items() if name not in (*ours, "ours")}
         device = current_device(accelerator)
-        if accelerator in GPUS and device.capability is None:
+        if accelerator in GPUS and not device.is_gpu:
             raise no_gpu(accelerator)
         check_kernels(device)
         gpus, here = find_gpus(devices, num_nodes, accelerator), world()
@@ -266,12 +273,10 @@ def check_kinds(gpus: Sequence[int | None], precision: str) -> None:
     Raises:
         UserError: some of them have bf16, and others have not.
     """
-    kinds = {gpu: torch.cuda.get_device_capability(gpu) for gpu in gpus if gpu is not None}
-    with_bf16 = [gpu for gpu, kind in kinds.items() if kind >= AMPERE]
-    others = [gpu for gpu in kinds if gpu not in with_bf16]
+    with_bf16, others = by_bf16(gpu for gpu in gpus if gpu is not None)
     if not with_bf16 or not others or precision in ("16-mixed", "32-true"):
         return
-    low, high = ((gpu, ".".join(map(str, kinds[gpu]))) for gpu in (others[0], with_bf16[0]))
+    low, high = ((gpu, capability_words(torch.cuda.get_device_capability(gpu))) for gpu in (others[0], with_bf16[0]))
     like = max(with_bf16, others, key=len)
     raise UserError(
         f"GPU {low[0]} is of {low[1]}, GPU {high[0]} of {high[1]}: bf16 on one alone",

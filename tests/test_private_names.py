@@ -13,8 +13,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from enum import Enum
+from functools import cache
 from pathlib import Path
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("lit_qlora", "benchmarks", "scripts", "examples")
@@ -62,15 +63,19 @@ def test_each_use_of_a_private_name_is_listed_with_a_reason_and_none_is_listed_f
     assert len(TREES) > 150 and ROOT / "main.py" in TREES
 
 
+@cache
+def _walk(node: ast.AST) -> Sequence[Any]:
+    """The nodes of a tree, which are asked for many times."""
+    return [*ast.walk(node)]
+
+
 def _own(trees: Iterable[ast.Module]) -> set[str]:
     """Private names that modules define."""
     found = set[str]()
     for tree in trees:
         # A name without a value is of a base, for the type checker.
-        declared = {
-            id(node.target) for node in ast.walk(tree) if isinstance(node, ast.AnnAssign) and node.value is None
-        }
-        for node in ast.walk(tree):
+        declared = {id(node.target) for node in _walk(tree) if isinstance(node, ast.AnnAssign) and node.value is None}
+        for node in _walk(tree):
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
                 found.add(node.name)
             elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and id(node) not in declared:
@@ -86,12 +91,12 @@ def _read_elsewhere() -> Iterator[tuple[str, str]]:
     for path, tree in TREES.items():
         own = _own([tree])
         # Such as what follows a name in an f-string; one may begin with a private name, too.
-        elsewhere = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values[1:]}
-        elsewhere |= {id(node.args[1]) for node in ast.walk(tree) if _is_by_name(node)}
-        for node in ast.walk(tree):
+        elsewhere = {id(part) for node in _walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values[1:]}
+        elsewhere |= {id(node.args[1]) for node in _walk(tree) if _is_by_name(node)}
+        for node in _walk(tree):
             names, known = list[str](), anyones
             if isinstance(node, ast.Attribute):
-                names, known = [node.attr], anyones if ast.unparse(node.value) in ("self", "cls", "super()") else own
+                names, known = [node.attr], anyones if _is_self(node.value) else own
             elif isinstance(node, ast.ImportFrom | ast.Import):
                 names, known = [*(getattr(node, "module", "") or "").split(".")], set()
                 names += [part for alias in node.names for part in alias.name.split(".")]
@@ -106,7 +111,17 @@ def _read_elsewhere() -> Iterator[tuple[str, str]]:
 
 def _is_by_name(node: ast.AST) -> TypeGuard[ast.Call]:
     """True for getattr, setattr and the like."""
-    return isinstance(node, ast.Call) and ast.unparse(node.func).endswith("attr") and len(node.args) > 1
+    return isinstance(node, ast.Call) and len(node.args) > 1 and _last_name(node.func).endswith("attr")
+
+
+def _last_name(node: ast.expr) -> str:
+    """The name behind the last dot of what is called; empty for what has none. (ast.unparse is slow.)"""
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+
+
+def _is_self(node: ast.expr) -> bool:
+    """True for ``self``, ``cls`` and ``super()``."""
+    return _last_name(node.func if isinstance(node, ast.Call) else node) in ("self", "cls", "super")
 
 
 def _overridden() -> Iterator[tuple[str, str]]:
@@ -163,9 +178,7 @@ SHOWN = {"str", "repr", "ascii", "format", "one_line", "first_line", "excerpt", 
 def test_no_sentence_of_an_error_is_read_but_where_there_is_no_field_for_it() -> None:
     """`UserError` has fields. To show a sentence is not to read it; nor is prose compared, whoever wrote it."""
     errors = {path: _errors(tree) for path, tree in TREES.items()}
-    scopes = [
-        (path, node) for path, tree in TREES.items() for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)
-    ]
+    scopes = [(path, node) for path, tree in TREES.items() for node in _walk(tree) if isinstance(node, ast.FunctionDef)]
     functions = defaultdict[str, list[ast.FunctionDef]](list)
     for path, scope in scopes:
         if path.is_relative_to(ROOT / "lit_qlora") and not hasattr(builtins, scope.name):
@@ -180,7 +193,7 @@ def test_no_sentence_of_an_error_is_read_but_where_there_is_no_field_for_it() ->
     found = {
         (_file(path), scope.name): f"line {node.lineno}: {ast.unparse(node)}"
         for path, scope, sentences in texts
-        for node in ast.walk(scope)
+        for node in _walk(scope)
         if sentences.are_read_by(node) or (path.is_relative_to(ROOT / "lit_qlora") and _reads_prose(node))
     }
     assert {place: line for place, line in found.items() if place not in SENTENCES_READ} == {}
@@ -190,8 +203,8 @@ def test_no_sentence_of_an_error_is_read_but_where_there_is_no_field_for_it() ->
 
 def _errors(tree: ast.Module) -> set[str]:
     """Names that a module gives to exceptions."""
-    caught = {node.name for node in ast.walk(tree) if isinstance(node, ast.ExceptHandler) and node.name}
-    typed = [node for node in ast.walk(tree) if isinstance(node, ast.arg | ast.AnnAssign) and node.annotation]
+    caught = {node.name for node in _walk(tree) if isinstance(node, ast.ExceptHandler) and node.name}
+    typed = [node for node in _walk(tree) if isinstance(node, ast.arg | ast.AnnAssign) and node.annotation]
     given = [node for node in typed if re.search(r"Error\b|Exception\b", ast.unparse(node.annotation))]
     return caught | {node.arg if isinstance(node, ast.arg) else ast.unparse(node.target) for node in given}
 
@@ -201,11 +214,11 @@ class _Sentences:
 
     def __init__(self, scope: ast.AST, errors: set[str], given: set[str], kept: set[str]) -> None:
         self.errors, self.names = errors, given | kept
-        bound = [found for node in ast.walk(scope) for found in _bound(node)]
+        bound = [found for node in _walk(scope) for found in _bound(node)]
         for _ in range(3):  # one may be made of another
             for target, value in bound:
                 if self._is_one(value):
-                    stored = [one for one in ast.walk(target) if isinstance(getattr(one, "ctx", None), ast.Store)]
+                    stored = [one for one in _walk(target) if isinstance(getattr(one, "ctx", None), ast.Store)]
                     self.names |= {one.id for one in stored if isinstance(one, ast.Name)}
                     self.names |= {f".{one.attr}" for one in stored if isinstance(one, ast.Attribute)}
 
@@ -241,8 +254,8 @@ class _Sentences:
         self, scope: ast.AST, functions: Mapping[str, Sequence[ast.FunctionDef]]
     ) -> Iterator[tuple[ast.FunctionDef, str]]:
         """Functions that get one, and the names of their arguments that do."""
-        for call in (node for node in ast.walk(scope) if isinstance(node, ast.Call)):
-            for function in functions.get(ast.unparse(call.func).rpartition(".")[2], ()):
+        for call in (node for node in _walk(scope) if isinstance(node, ast.Call)):
+            for function in functions.get(_last_name(call.func), ()):
                 arguments = [one.arg for one in function.args.args if one.arg not in ("self", "cls")]
                 given = [*zip(arguments, call.args, strict=False), *((one.arg, one.value) for one in call.keywords)]
                 yield from ((function, argument) for argument, value in given if argument and self._is_one(value))

@@ -486,7 +486,7 @@ def current_host() -> Host | None:
     page-locked.
     """
     room_bytes = host.room_bytes()
-    if current_device().capability is None or not room_bytes:
+    if not current_device().is_gpu or not room_bytes:
         return None
     try:
         return Host(room_bytes, offload.copy_gb_per_s())

@@ -232,7 +232,7 @@ def _choices(base: Any, options: Any, fit: list[str]) -> Iterator[Finding]:
     yield Finding("ok", f"chosen: attention {options['model.attention']}{no_flash}")
     state = OPTIMIZERS[optimizer].state_bytes * base.shape.num_lora(rank, options["model.target_modules"])
     yield Finding("ok", f"chosen: optimizer {optimizer} (its state is {size(state)} at rank {rank})")
-    wanted, on_gpu = options["model.compile"], device.capability is not None
+    wanted, on_gpu = options["model.compile"], device.is_gpu
     lacks = check_compile(wanted, device)
     why = f"{lacks} missing" if lacks else "as asked" if wanted != "auto" else "a GPU" if on_gpu else "no GPU"
     compiled = f"compile {str(compiles_kernels(wanted, on_gpu, lacks)).lower()} ({why})"

@@ -12,7 +12,7 @@ from lit_qlora.data.datamodule import ChatDataModule, check_limit
 from lit_qlora.forecast.cards import DEFAULT, Card, find_card
 from lit_qlora.forecast.foresee import current_card, foresee
 from lit_qlora.model.base import missing_bytes
-from lit_qlora.model.device import AMPERE, Device
+from lit_qlora.model.device import AMPERE, NEED_AMPERE, Device, capability_words
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.ranges import check_ranges
 from lit_qlora.storage.reach import offline
@@ -31,7 +31,7 @@ class PlanCLI(DryCLI):
         """The card, for which everything is decided from here on."""
         options = self.config[self.verb]
         check_ranges({"gpu-gib": options.gpu_gib, "gpu-capability": options.gpu_capability})
-        needs_ampere = options.trainer.precision == "bf16-mixed" or options.model.attention == "flash_attention_2"
+        needs_ampere = {options.trainer.precision, options.model.attention} & {*NEED_AMPERE}
         assumed = AMPERE if needs_ampere else DEFAULT.capability
         self.card = _card(options.gpu, options.gpu_gib, options.gpu_capability, assumed)
         self.is_assumed = (options.gpu, options.gpu_gib, current_card()) == (None, None, None)
@@ -54,7 +54,7 @@ class PlanCLI(DryCLI):
         check_limit("limit_train_batches", forecast.limit, whole.epoch.num_micro_batches)
         reason = trainer.precision_reason
         if not (options.gpu or options.gpu_gib is None or options.gpu_capability):
-            shown = ".".join(map(str, self.card.capability))
+            shown = capability_words(self.card.capability)
             reason = f"compute capability {shown} is assumed; --gpu-capability gives another"
         length = options.trainer.max_epochs, options.trainer.max_steps
         self.found = Plan(model.base, forecast, reason, download, *length, self.is_assumed)

@@ -178,11 +178,11 @@ def gpu() -> Iterator[Finding]:
         if not torch.cuda.is_available():
             yield _no_gpu(torch, seen)
             return
-    from lit_qlora.model.device import OTHER_CARD, lacks_kernels
+    from lit_qlora.model.device import OTHER_CARD, capability_words, lacks_kernels
 
     capability, (free, total) = torch.cuda.get_device_capability(), torch.cuda.mem_get_info()
     text = (
-        f"GPU: {torch.cuda.get_device_name()}, compute capability {capability[0]}.{capability[1]}, "
+        f"GPU: {torch.cuda.get_device_name()}, compute capability {capability_words(capability)}, "
         f"{f'driver {driver}, ' if name else ''}{total / GIB:.2f} GiB, {free / GIB:.2f} free"
     )
     if torch.cuda.device_count() > 1:
@@ -202,10 +202,10 @@ def _several(torch: Any) -> Iterator[Finding]:
     count = torch.cuda.device_count()
     if count == 1:
         return
-    from lit_qlora.model.device import AMPERE
+    from lit_qlora.model.device import by_bf16, capability_words
 
     cards = [
-        f"{torch.cuda.get_device_name(gpu)} ({'.'.join(map(str, torch.cuda.get_device_capability(gpu)))}, "
+        f"{torch.cuda.get_device_name(gpu)} ({capability_words(torch.cuda.get_device_capability(gpu))}, "
         f"{torch.cuda.get_device_properties(gpu).total_memory / GIB:.2f} GiB)"
         for gpu in range(count)
     ]
@@ -216,10 +216,9 @@ def _several(torch: Any) -> Iterator[Finding]:
         how += f" in {direct} of {len(pairs)} pairs, else through the host"
     links = _links(count)
     text = f"GPUs: {count}, which exchange gradients {how}{f' ({links})' if links else ''}"
-    kinds = {torch.cuda.get_device_capability(gpu) for gpu in range(count)}
     if len({*cards}) == 1:
         yield Finding("ok", f"{text}; --trainer.devices {count} trains on all")
-    elif len({kind >= AMPERE for kind in kinds}) == 1:
+    elif not all(by_bf16(range(count))):
         yield Finding("ok", f"{text}: {', '.join(cards)}; a step waits for the slowest of those in --trainer.devices")
     else:
         yield Finding(

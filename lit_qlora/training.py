@@ -375,15 +375,20 @@ class QLoRACLI(LightningCLI):
             forecast = foresee(model, datamodule, self.trainer)
             for line in words.forecast_lines(forecast) if forecast else ():
                 note(f"  plan  {line}")
-            if not isinstance(error, OutOfRoomError):
-                change = "--samples.count 0 or --model.checkpointing full, with which this run resumes"
-                raise UserError(OUT_OF_MEMORY, remedy=f"give {change}") from error
-            if model.keeps_pace and (model.kept_layers or model.together > 1):
-                raise error.advise("give --model.checkpointing full, with which this run resumes") from error
+            outside = OutOfRoomError(OUT_OF_MEMORY, datamodule.plan.rows)
+            found = error if isinstance(error, OutOfRoomError) else outside
+            samples, ways = self.config_init[self.verb].samples, list[str]()
+            if found is outside and (samples.prompts or samples.count):
+                ways.append(f"{'--samples.prompts null ' if samples.prompts else ''}--samples.count 0")
+            can_keep_less = model.keeps_pace and (model.kept_layers > 0 or model.together > 1)
+            if model.checkpointing != "full" if found is outside else can_keep_less:
+                ways.append("--model.checkpointing full")
+            if ways:
+                raise found.advise(f"give {' or '.join(ways)}, with which this run resumes") from error
             change = once_out_of_room(
-                datamodule.plan, datamodule.max_length, self.trainer.accumulate_grad_batches, error.rows
+                datamodule.plan, datamodule.max_length, self.trainer.accumulate_grad_batches, found.rows
             )
-            raise error.advise(f"give {change}, in a new run: --run NAME") from error
+            raise found.advise(f"give {change}, in a new run: --run NAME") from error
         except UserError:
             raise
         except Exception as error:  # such as in a callback of the user's: its traceback, and then this

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -242,7 +243,22 @@ def test_another_precision(here: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 def test_a_shorter_run_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = refusal(capsys, "--trainer.max_steps", "4")
-    assert all(words in message for words in ("6 optimizer steps", "4", "trainer.max_epochs", "--run NAME"))
+    assert message.startswith("it has 6 optimizer steps, and is asked for 4; a run can be made longer, not shorter: ")
+    assert ": give --trainer.max_steps 6, as its last start had, " in message and "--run NAME" in message
+
+
+def test_an_extended_run_that_was_cut_resumes_with_what_the_message_gives(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*FIT, "--trainer.max_steps", "8"]) == 0
+    Path("run/finished.json").unlink()
+    shutil.rmtree("run/checkpoints/step-00000008")
+    capsys.readouterr()
+    assert main(["fit", "--run", "./run"]) == 2  # its config.yaml is that of its first start
+    given = re.search(": give (.*), as its last start had, ", capsys.readouterr().err)
+    assert given and given[1] == "--trainer.max_steps 8"
+    assert main(["fit", "--run", "./run", *given[1].split()]) == 0
+    assert json.loads(Path("run/finished.json").read_text())["step"] == 8
 
 
 def test_a_longer_run_takes_the_learning_rate_of_the_longer_schedule(

@@ -565,17 +565,40 @@ def test_out_of_memory_after_all_gives_the_change_to_make(
     assert error.endswith(f"after all that could be done in a run; give {change}, in a new run: --run NAME\n")
 
 
-def test_out_of_memory_in_a_validation_is_one_line(
-    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+FULL = ["--model.checkpointing", "full"]
+
+
+@pytest.mark.parametrize(
+    ("options", "change"),
+    [
+        (["--samples.count", "1"], "--samples.count 0 or --model.checkpointing full, with which this run resumes"),
+        (["--samples.count", "1", *FULL], "--samples.count 0, with which this run resumes"),
+        (
+            ["--samples.prompts", "[Why?]", *FULL],
+            "--samples.prompts null --samples.count 0, with which this run resumes",
+        ),
+        (["--samples.count", "0"], "--model.checkpointing full, with which this run resumes"),
+        (
+            ["--samples.count", "0", *FULL],
+            "--data.batch_size 1 --trainer.accumulate_grad_batches 4, in a new run: --run NAME",
+        ),
+    ],
+)
+def test_out_of_memory_in_a_validation_is_one_line_and_gives_what_is_not_given_yet(
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    change: str,
 ) -> None:
     def short(self: QLoRAModule, batch: Batch, batch_idx: int) -> None:
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(QLoRAModule, "validation_step", short)
-    assert main(["fit", *SHORT]) == 2
+    assert main(["fit", *SHORT, *options]) == 2
     error = capsys.readouterr().err
     assert re.fullmatch(r"error: out of memory outside of a training step .*\n", error)
-    assert error.endswith("give --samples.count 0 or --model.checkpointing full, with which this run resumes\n")
+    assert error.endswith(f"; give {change}\n")
 
 
 @pytest.mark.parametrize(

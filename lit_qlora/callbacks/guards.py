@@ -102,12 +102,12 @@ class UpdateGuard(StepCallback):
         if self._base_is_broken and not self.num_applied:
             return (
                 "nor was the held-out loss, before any update: the base is broken, or overflows in this precision; "
-                "take another copy of it (model.base), or try trainer.precision=32-true"
+                "in a new run (--run NAME), give another copy with --model.base, or --trainer.precision 32-true"
             )
         return (
-            "the update was not applied, and what is saved is sound; look at these rows, try a lower "
-            "model.learning_rate or a longer model.warmup_ratio, or leave such steps out, a few in a row, with "
-            "--max_nonfinite_losses 4"
+            "the update was not applied, and what is saved is sound; look at these rows, leave such steps out, a few "
+            "in a row, with --max_nonfinite_losses 4, with which this run resumes, or try a lower "
+            "--model.learning_rate or a longer --model.warmup_ratio in a new run: --run NAME"
         )
 
     def on_step_end(self, trainer: Trainer, module: object) -> None:
@@ -128,7 +128,8 @@ class UpdateGuard(StepCallback):
                 f"{self.skips_in_a_row} updates in a row were skipped for losses or gradients that "
                 f"overflow in fp16, up to step {trainer.global_step} with training rows "
                 f"{self._step_rows}, at a scale of {scale:g}",
-                remedy="what is saved is sound; try a lower model.learning_rate or trainer.precision=32-true",
+                remedy="what is saved is sound; try a lower --model.learning_rate or --trainer.precision 32-true, in a "
+                "new run: --run NAME",
             )
 
 

@@ -16,7 +16,7 @@ from lit_qlora.data.run_rows import RunRows
 from lit_qlora.devices.world import by_first, check_same, is_first
 from lit_qlora.errors import UserError
 from lit_qlora.model import fingerprint
-from lit_qlora.storage.checkpoint_io import RUN, run_record
+from lit_qlora.storage.checkpoint_io import LENGTH, RUN, run_record
 from lit_qlora.storage.state import load_state
 from lit_qlora.wording import number_of
 
@@ -87,11 +87,14 @@ class RunIdentity(Callback):
         now = _describe_data(trainer)
         _compare(was, now, lambda: self._changes(trainer))
         if now["steps"] < was["steps"]:
+            before, given = (one.get("trainer", {}) for one in (was["settings"], self.settings))
+            changes = [name for name in LENGTH if before.get(name) != given.get(name)]
+            length = " ".join(f"--trainer.{name} {before.get(name) or 'null'}" for name in changes) or "its length"
             raise UserError(
                 f"it has {was['steps']} optimizer steps, and is asked for {now['steps']}",
                 option="run",
                 remedy=(
-                    "a run can be made longer (trainer.max_steps, trainer.max_epochs), not shorter: "
+                    f"a run can be made longer, not shorter: give {length}, as its last start had, and "
                     "end it with Ctrl-C or --max_time, or give --run NAME to start another run"
                 ),
             )

@@ -24,13 +24,14 @@ _NEEDED = {
 }
 """Parts of every training checkpoint: no run resumes from one that lacks any."""
 
-_LENGTH = {"max_steps", "max_epochs"}
+LENGTH = ("max_epochs", "max_steps")
+"""The options of trainer that say how long a run is."""
 
 
 def _are_settings(value: Any) -> bool:
     if not (isinstance(value, dict) and all(isinstance(value.get(one, {}), dict) for one in ("model", "trainer"))):
         return False
-    return all(type(value.get("trainer", {}).get(name, 0)) in (int, NoneType) for name in _LENGTH)
+    return all(type(value.get("trainer", {}).get(name, 0)) in (int, NoneType) for name in LENGTH)
 
 
 _TEXT = Kind("a text", lambda value: isinstance(value, str))

@@ -78,7 +78,7 @@ def test_it_stops_after_several_in_a_row_and_names_step_and_rows(trainer, tiny, 
     module = tiny()
     module.nonfinite_rows = dict.fromkeys(bad, NAN)
     after, error = fit(trainer, module, data, UpdateGuard(3))
-    words = "model.learning_rate", "model.warmup_ratio", "--max_nonfinite_losses 4"
+    words = "--model.warmup_ratio in a new run: --run NAME", "--max_nonfinite_losses 4, with which this run resumes"
     check_line(error, "step 5", "not finite (3 in a row)", f"rows [{bad[2]}] (32-true)", *words)
     assert after[2] == after[-1] == module.weight[0].item()
     assert len(module.seen) == 5
@@ -179,7 +179,7 @@ def test_skips_on_and_on_end_the_run(trainer, tiny, rows):
     last = order(data, trainer, tiny)[19]
     _, error = fit(trainer, module, data, UpdateGuard(), plugins=in_fp16(65536.0))
     assert MAX_SCALER_SKIPS == 20
-    words = "model.learning_rate", "trainer.precision=32-true"
+    words = "--model.learning_rate", "--trainer.precision 32-true, in a new run: --run NAME"
     check_line(error, "20 updates in a row", "step 20", f"rows [{last}]", "scale of 0.0625", *words)
     assert module.weight.eq(0).all()
 

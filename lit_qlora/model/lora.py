@@ -23,6 +23,7 @@ from lit_qlora.model.device import dtype_name
 from lit_qlora.model.fingerprint import fingerprint, short
 from lit_qlora.model.lora_names import PREFIX, parse_name
 from lit_qlora.model.shape import target_names
+from lit_qlora.storage.adapter import remedy_of_damage
 from lit_qlora.storage.files import disk_error
 from lit_qlora.storage.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, MANIFEST, DamagedFolderError, verify_folder
 from lit_qlora.storage.foreign import chat_template_in, read_object
@@ -306,7 +307,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         except DamagedFolderError as error:
             raise error.replace(
                 problem=f"{error.problem}: the adapter was altered or cut short after it was saved",
-                remedy=f"take another one, or, if that was meant, delete its {MANIFEST}",
+                remedy=f"{remedy_of_damage(folder)}, or, if that was meant, delete its {MANIFEST}",
             ) from error
     record: dict[str, Any] = {"base": None, "base_fingerprint": None}
     if (folder / RECORD).is_file():
@@ -318,7 +319,7 @@ def read_record(folder: Path) -> dict[str, Any]:
             raise UserError(
                 f"its {RECORD} does not name its base: it was altered", place=folder, remedy=lora_config.AS_SAVED
             )
-        _check_unaltered(folder, record, lora_config.AS_SAVED)
+        _check_unaltered(folder, record, f"{lora_config.AS_SAVED}, or, if that was meant, delete its {RECORD}, too")
     else:
         of = config.get("base_model_name_or_path")
         record["base"] = of if isinstance(of, str) and of.strip() else None
@@ -326,7 +327,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     lora_config.check_config(folder, config)
     stored = stored_shapes(folder)
     lora_config.check_ranks(folder, config, stored)
-    for key in sorted(stored):
+    for key in sorted(stored, key=lambda name: (not parse_name(name), name)):
         parts = parse_name(key)
         if not parts and ".lora_" in key:
             problem = f"{key} is no name of peft's, expected {PREFIX}….lora_A.weight or its like"

@@ -26,6 +26,12 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file()
 
 
+def remedy_of_damage(adapter: Path) -> str:
+    """What to do about a damaged ``adapter``: a run's best is restored from its copy by the next fit."""
+    run = RunFolder(adapter.parent)
+    return "fit again, which restores it" if adapter == run.adapter and is_adapter(run.adapter_copy) else "take another"
+
+
 def require_trained(run: RunFolder, option: str, names_one: str, remedy: str) -> None:
     """Check that a run has an adapter.
 

@@ -331,8 +331,9 @@ class RunFolder:
         return as_sections(self.read_options())
 
     def config_remedy(self) -> str:
-        """The remedy for a damaged configuration."""
-        again = f"remove it and give fit all options (--config FILE --run {quote(str(self.path))})"
+        """The remedy for a damaged or missing configuration."""
+        first = "remove it and " if self.config.exists() else ""
+        again = f"{first}give fit all options (--config FILE --run {quote(str(self.path))})"
         return f"put a copy of it back, or {again}: the run resumes, for its checkpoints hold what identifies it"
 
     def write_config(self, text: str) -> Path:
@@ -393,7 +394,8 @@ def open_run(name: str | None) -> RunFolder:
         found = next((one for one in likely if RunFolder(one).config.is_file()), None)
         meant = f"did you mean {found}?" if found else f"the runs there: {cut(', '.join(others))}"
         problem = f"{path} is no run folder: it has no config.yaml"
-        raise UserError(problem, option="run", remedy=meant if found or others else None)
+        remedy = run.config_remedy() if run.saved_steps() else meant if found or others else None
+        raise UserError(problem, option="run", remedy=remedy)
     return run
 
 

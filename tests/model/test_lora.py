@@ -269,6 +269,10 @@ def test_a_weight_that_is_no_lora_is_refused(foreign, expect_error):
     expect_error(
         lambda: read_record(foreign), "base_model.model.lm_head.weight", "save_embedding_layers=False", place=foreign
     )
+    embedding = "base_model.model.model.embed_tokens"  # with LoRA, its weights can't be left out
+    of_peft = {f"{embedding}.{name}": torch.ones(4, 4) for name in ("base_layer.weight", "lora_embedding_A")}
+    save_file(stored | of_peft, foreign / "adapter_model.safetensors")
+    expect_error(lambda: read_record(foreign), "LoRA on model.embed_tokens", "expected linear layers", place=foreign)
 
 
 def refusal(model, base, folder):
@@ -413,7 +417,13 @@ def test_a_broken_record(load, tiny, adapter, text, message):
 )
 def test_a_config_that_says_something_else_than_the_record(adapter, changes, expected, expect_error):
     edit(adapter / "adapter_config.json", **changes)
-    expect_error(lambda: read_record(adapter), "altered", expected, place=adapter)
+    expect_error(lambda: read_record(adapter), "altered", expected, "delete its lit_qlora.json, too", place=adapter)
+
+
+def test_without_its_record_a_config_that_was_edited_is_taken_as_peft_would(adapter):
+    edit(adapter / "adapter_config.json", lora_alpha=16)
+    (adapter / "lit_qlora.json").unlink()
+    assert read_record(adapter)["base_fingerprint"] is None
 
 
 @pytest.mark.parametrize("lost", [{"base", "base_fingerprint"}, {"base"}, {"base_fingerprint"}, None])

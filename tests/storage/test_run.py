@@ -481,3 +481,17 @@ def test_what_is_no_run_is_answered_with_the_run_that_is_meant(tmp_path, monkeyp
     Path("runs/mine").mkdir(parents=True)
     Path("runs/mine/config.yaml").touch()
     expect_error(lambda: open_run(name), "did you mean runs/mine?", option="run")
+
+
+def test_a_run_that_lost_its_config_says_how_to_get_it_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs/mine/checkpoints/step-00000004").mkdir(parents=True)
+    with pytest.raises(UserError) as error:
+        open_run("mine")
+    assert error.value.problem == "runs/mine is no run folder: it has no config.yaml"
+    again = "put a copy of it back, or give fit all options (--config FILE --run runs/mine): the run resumes"
+    assert error.value.remedy == f"{again}, for its checkpoints hold what identifies it"
+    Path("runs/mine/checkpoints/step-00000004").rmdir()
+    with pytest.raises(UserError) as error:
+        open_run("mine")
+    assert error.value.remedy is None

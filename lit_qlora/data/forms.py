@@ -37,6 +37,7 @@ class RowForm(NamedTuple):
             ``may_have`` is a list), or a list, which may be written out as text.
         opens: the beginning of its text, where other forms have the same columns: the one that opens first counts.
         is_whole: True for a plain text, which is read only if all of it is to be learned.
+        is_pair: True for a question and its answer, as `_pair` makes them: the first column alone is a prompt.
     """
 
     name: str
@@ -48,6 +49,7 @@ class RowForm(NamedTuple):
     holds: Literal["text", "messages", "a list"] = "text"
     opens: re.Pattern[str] | None = None
     is_whole: bool = False
+    is_pair: bool = False
 
     def of(self, columns: Mapping[str, str]) -> "RowForm":
         """This form with its columns under other names, and without those that ``columns`` does not name."""
@@ -63,7 +65,7 @@ def _pair(name: str, question: str, answer: str) -> RowForm:
     """The form of a question and its answer, with an input to the question, and with earlier pairs."""
     title = f"{question} and {answer}"
     beside = (*(given for given in INPUT_COLUMNS if given != question), "history")
-    return RowForm(name, title, (question, answer), _answered, beside, holds="messages")
+    return RowForm(name, title, (question, answer), _answered, beside, holds="messages", is_pair=True)
 
 
 def _answered(question: Any, answer: Any, *beside: Any) -> list[Any]:
@@ -165,16 +167,17 @@ def forms_for(use: Use, columns: Mapping[str, str] | None = None) -> list[RowFor
 
 
 def _prompts() -> list[RowForm]:
-    """The forms of prompts to answer: of a pair, its question, ``prompt`` before others; written texts come last."""
+    """The forms of prompts to answer: of a pair, its question, ``prompt`` before others; other forms as they are."""
     given = dict[str, list[str | None]]()
-    for pair in (form for form in FORMS if len(form.needs) > 1):
+    for pair in (form for form in FORMS if form.is_pair):
         given.setdefault(pair.needs[0], []).extend(name for name in pair.may_have[:-1] if name != pair.needs[0])
     asked = [
         RowForm(name, name, (name,), _asked, (*dict.fromkeys(given[name]), "history"), holds="messages")
         for name in sorted(given, key=lambda name: name != "prompt")
     ]
-    lists, texts = ([form for form in FORMS if (form.holds == "a list") is is_list] for is_list in (True, False))
-    return [*lists, *asked, *(form for form in texts if form.opens)]
+    others = [form for form in FORMS if not form.is_pair and not form.is_whole]
+    lists, texts = ([form for form in others if (form.holds == "a list") is is_list] for is_list in (True, False))
+    return [*lists, *asked, *texts]
 
 
 def columns_of(forms: Sequence[RowForm]) -> list[str]:

@@ -454,6 +454,8 @@ def test_a_new_form_is_one_entry(tmp_path, monkeypatch):
     }
     for form in ("auto", "asked"):
         assert load_records(str(tmp_path / "a.csv"), reading=Reading(form)).conversations == [said("a\n\nb", "c")]
+    prompt = read_row({"ask": "a", "given": "b", "reply": "c"}, use="prompts")
+    assert prompt.conversation == said("a\n\nb", "c"), "not its first column alone"
     with pytest.raises(RowError, match=r"^column 'reply' holds a number, expected text$"):
         read_row({"ask": "a", "reply": 3})
     with pytest.raises(RowError, match=r"^no column 'messages' or .* \(or others\), columns found: \['ask'\]"):

@@ -16,7 +16,7 @@ from lit_qlora.console import complain, prepare, say_imports
 from lit_qlora.devices import starting
 from lit_qlora.devices.mistakes import report_once
 from lit_qlora.devices.world import world
-from lit_qlora.errors import SecretError, UserError, cut, excerpt, nearest
+from lit_qlora.errors import SecretError, UserError, cut, excerpt, likely_meant, nearest
 from lit_qlora.place import CLONE, COMMAND, INSTALL
 from lit_qlora.secrecy import holds_secret, redact
 from lit_qlora.signals import leave_in_one_line, nothing_open
@@ -191,7 +191,7 @@ def _run(args: list[str]) -> int:
         from lit_qlora.elsewhere import answers
     known = answers("verbs").get(verb.lower().replace("-", "_"))
     near = None if known else nearest(verb, verbs, 0.6)
-    meant = f"here it is {known}; " if known else f"did you mean {near!r}? " if near else ""
+    meant = f"here it is {known}; " if known else f"{likely_meant(near)} " if near else ""
     raise UserError(f"no verb {excerpt(verb)}", remedy=f"{meant}there are {', '.join(verbs)} (see --help)")
 
 

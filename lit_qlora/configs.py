@@ -11,7 +11,7 @@ from shlex import quote
 import yaml
 
 from lit_qlora.data.row_files import TABLES
-from lit_qlora.errors import SecretError, UserError, excerpt, nearest
+from lit_qlora.errors import SecretError, UserError, excerpt, likely_meant, nearest
 from lit_qlora.options import LINKED
 from lit_qlora.place import CONFIGS
 from lit_qlora.secrecy import holds_secret
@@ -40,7 +40,8 @@ def _no_config(path: Path) -> UserError:
     known = [str(file) for file in sorted(folder.glob("*.y*ml"))]
     own = [file.stem for file in sorted(CONFIGS.glob("*.yaml"))]
     near = nearest(str(path), known, 0.6) or nearest(path.stem, own, 0.6)
-    remedy = f"did you mean {near}?" if near else f"give a file, or one of {', '.join(own)}, which come with lit-qlora"
+    others = f"give a file, or one of {', '.join(own)}, which come with lit-qlora"
+    remedy = likely_meant(near and Path(near)) or others
     return UserError(f"no file {path}", option="config", remedy=remedy)
 
 

@@ -8,6 +8,7 @@ import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from os import PathLike
+from pathlib import PurePath
 from typing import Any
 
 from lit_qlora.secrecy import redact
@@ -144,6 +145,15 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.75) -> str | None
     return next(iter(difflib.get_close_matches(name, list(known), 1, cutoff)), None)
 
 
+def likely_meant(near: object) -> str | None:
+    """The remedy that names what was probably meant: a name, a path as it is; None for nothing.
+
+    Args:
+        near: what is near, or None or an empty text.
+    """
+    return f"did you mean {near if isinstance(near, PurePath) else repr(near)}?" if near else None
+
+
 def meant(value: object, known: Iterable[str]) -> str | None:
     """The remedy for a value that is none of the ``known``: the one that was probably meant; None if none is near.
 
@@ -152,8 +162,7 @@ def meant(value: object, known: Iterable[str]) -> str | None:
         known: the names that it may be.
     """
     by_lower = {one.lower(): one for one in known}
-    near = nearest(str(value).lower(), by_lower, 0.6)
-    return f"did you mean {by_lower[near]!r}?" if near else None
+    return likely_meant(by_lower.get(nearest(str(value).lower(), by_lower, 0.6) or ""))
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
@@ -167,7 +176,7 @@ def suggestion(name: str, known: Iterable[str]) -> str:
         The one that is `nearest`, behind a comma; empty if none is near.
     """
     near = nearest(name, known, 0.7)
-    return f", did you mean {near!r}?" if near else ""
+    return f", {likely_meant(near)}" if near else ""
 
 
 def excerpt(value: object) -> str:

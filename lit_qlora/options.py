@@ -16,7 +16,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from lit_qlora.arguments import TYPE_WORDS, choices_of, words_of
 from lit_qlora.elsewhere import here
-from lit_qlora.errors import UserError, cut, excerpt, meant, nearest, one_line
+from lit_qlora.errors import UserError, cut, excerpt, likely_meant, meant, nearest, one_line
 
 CONFIG = ("--config", "-c")
 """Spellings of the option for config files."""
@@ -280,7 +280,7 @@ def no_class(name: str, option: str, known: Iterable[str], why: str = "") -> Use
     names = [*known]
     by_bare = {_bare(name): name for name in names} | {re.sub("logger$", "", _bare(name)): name for name in names}
     near = nearest(_bare(name.rpartition(".")[2]), by_bare)
-    remedy = f"did you mean {by_bare[near]!r}?" if near else "give one of Lightning's, or your own as MODULE.CLASS"
+    remedy = likely_meant(near and by_bare[near]) or "give one of Lightning's, or your own as MODULE.CLASS"
     return UserError(f"no class {excerpt(name)}{f' ({one_line(why)})' if why else ''}", option=option, remedy=remedy)
 
 
@@ -357,7 +357,7 @@ def did_you_mean(name: str, names: list[str]) -> str | None:
         return known
     by_last = {one.rpartition(".")[2]: one for one in reversed(names)}
     near = by_last.get(last) or nearest(name, names) or by_last.get(nearest(last, by_last, 0.85) or "")
-    return f"did you mean {near!r}?" if near else here(name, names, cutoff=0.8)
+    return likely_meant(near) or here(name, names, cutoff=0.8)
 
 
 def plain(value: Any) -> Any:

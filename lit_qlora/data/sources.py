@@ -21,14 +21,12 @@ from lit_qlora.data.row_files import COMPRESSED, ENDINGS, INSTEAD, Row, SourceEr
 from lit_qlora.data.splits import PLAIN_ENDINGS, Splits
 from lit_qlora.errors import UserError, excerpt, first_line, require, suggestion
 from lit_qlora.storage.files import names_around, parse_json
+from lit_qlora.storage.reach import HUB_ID
 
 T = TypeVar("T")
 
 SourceOption = str | list[str | dict[str, str | float | dict[str, str]]] | dict[str, str | float | dict[str, str]]
 """What an option for sources takes: one, or a list of them, each a text, or a table with the keys of `Source`."""
-
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
-"""How an id on the hub is written."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from lit_qlora.data.sources import HUB_ID, paths_of
+from lit_qlora.data.sources import paths_of
 from lit_qlora.data.templates import is_template
 from lit_qlora.figures.charts import CURVES, draw_curves, peak_of
 from lit_qlora.figures.render import filled
@@ -22,6 +22,7 @@ from lit_qlora.options import FREE_TEXTS
 from lit_qlora.storage.config_file import as_yaml
 from lit_qlora.storage.folders import ADAPTER_CONFIG, CARD
 from lit_qlora.storage.foreign import read_object
+from lit_qlora.storage.reach import HUB_ID
 from lit_qlora.storage.run import RECORD, RunFolder
 from lit_qlora.text.formats import make_format
 from lit_qlora.wording import duration

@@ -15,13 +15,13 @@ from typing import Any
 
 from lit_qlora import demo
 from lit_qlora.console import complain
-from lit_qlora.errors import UserError, excerpt, nearest, one_line, require
+from lit_qlora.errors import UserError, excerpt, likely_meant, nearest, one_line, require
 from lit_qlora.model.architectures import Architecture, architecture_of
 from lit_qlora.model.config import read_config
 from lit_qlora.model.shape import Shape, known_config, target_names
 from lit_qlora.storage.files import LFS, LFS_POINTER, names_around, parse_json, unreadable
 from lit_qlora.storage.folders import ADAPTER_CONFIG, INDEX, ONE_FILE
-from lit_qlora.storage.reach import stored_file, use_cache_if_silent
+from lit_qlora.storage.reach import HUB_ID, stored_file, use_cache_if_silent
 
 base_error = partial(UserError, option="model.base")
 """An error about the base."""
@@ -101,12 +101,12 @@ def find_base(name: str, weights: bool = True) -> Base:
         config_file, files = folder / "config.json", {path.name for path in folder.iterdir()}
         location = str(folder)
         _check_cloned(name, folder)
-    elif page := re.match(r"https?://[^/]+/([\w.-]+/[\w.-]+)", name, re.ASCII):
+    elif page := re.match(rf"https?://[^/]+/({HUB_ID.pattern})", name, re.ASCII):
         raise base_error(f"{name} is an address", remedy=f"of a model on the hub, give the id alone, {page[1]}")
-    elif name.count("/") != 1 or name.startswith((".", "/", "~")):  # neither here nor an id of the hub
+    elif not HUB_ID.fullmatch(name):
         near = nearest(folder.name, names_around(folder))
         likely = folder.parent / near if near else nearest(name, ["demo"])
-        meant = f" (did you mean {likely}?)" if likely else ""
+        meant = f" ({likely_meant(likely)})" if likely else ""
         raise base_error(f"no folder {excerpt(name)}{meant}", remedy="give a hub id (owner/name) or a folder")
     else:
         config_file, files = _ask_hub(name)
@@ -280,7 +280,7 @@ def check_lora(base: Base, rank: int, target_modules: str | list[str]) -> None:
             raise UserError(
                 f"{excerpt(name)} is none of all-linear, {', '.join(known)}",
                 option="model.target_modules",
-                remedy=f"did you mean {near!r}?" if near else None,
+                remedy=likely_meant(near),
             )
     if not names:
         raise UserError("expected all-linear or at least one name, got none", option="model.target_modules")

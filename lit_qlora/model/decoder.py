@@ -225,14 +225,14 @@ def extract_layers(model: Any, pointwise: Pointwise = EAGER, weights: Sequence[W
     buffers: dict[Any, LoraBuffers] = {}
     layers = model.get_base_model().model.layers
     pairs = zip(layers, weights or weights_of(model), strict=True)
-    return [_take_apart(layer, own, pointwise, buffers) for layer, own in pairs]
+    return [_extract_layer(layer, own, pointwise, buffers) for layer, own in pairs]
 
 
 def _linears(layer: Any) -> list[Any]:
     return [layer.get_submodule(place) for place in PLACES.values()]
 
 
-def _take_apart(layer: Any, weights: Weights, pointwise: Pointwise, buffers: dict[Any, LoraBuffers]) -> Layer:
+def _extract_layer(layer: Any, weights: Weights, pointwise: Pointwise, buffers: dict[Any, LoraBuffers]) -> Layer:
     """Layers whose LoRA is alike share one of ``buffers``."""
     linears, lora = [], list[Tensor]()
     for module in _linears(layer):

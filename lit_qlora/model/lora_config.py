@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lit_qlora.errors import UserError, cut
+from lit_qlora.errors import UserError, cut, likely_meant
 from lit_qlora.model.architectures import PLACES
 from lit_qlora.model.lora_names import PREFIX, parse_name
 from lit_qlora.storage.adapter import is_adapter
@@ -225,7 +225,7 @@ def require_adapter(folder: Path) -> None:
         raise UserError(f"{folder} is a URL, and adapters are only read from this machine: give an adapter's folder")
     if not is_adapter(folder):
         below = folder / "adapter"  # of a run
-        near = f"did you mean {below}?" if is_adapter(below) else None
+        near = likely_meant(below if is_adapter(below) else None)
         if (folder / "config.json").is_file():
             near = "it is a whole model, which other programs load: see docs/serving.md"
         raise UserError(f"{folder} is no adapter: it has no adapter_config.json", remedy=near)

@@ -1,16 +1,19 @@
-"""Owns whether the hub can be reached, what is used where it can't: its cache, without waiting for each file; and which
-files of it are here.
+"""Owns how ids on the hub are written, whether it can be reached, what is used where it can't: its cache, without
+waiting for each file; and which files of it are here.
 
 Knows no base and no rows.
 """
 
 import os
+import re
 import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+"""How an id on the hub is written."""
 REACH_S = 5
 """How long the hub has to accept a connection. Its own library would try for 30 s, for each file again."""
 

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from lit_qlora.console import complain
-from lit_qlora.errors import UserError, cut, nearest, require
+from lit_qlora.errors import UserError, cut, likely_meant, nearest, require
 from lit_qlora.place import COMMAND
 from lit_qlora.ranges import check_ranges
 from lit_qlora.storage.config_file import as_sections, flat, read_options
@@ -392,7 +392,7 @@ def open_run(name: str | None) -> RunFolder:
         near = nearest(path.name, others, 0.6)
         likely = [RUNS / path.name, *path.parents, *([path.with_name(near)] if near else [])]
         found = next((one for one in likely if RunFolder(one).config.is_file()), None)
-        meant = f"did you mean {found}?" if found else f"the runs there: {cut(', '.join(others))}"
+        meant = likely_meant(found) or f"the runs there: {cut(', '.join(others))}"
         problem = f"{path} is no run folder: it has no config.yaml"
         remedy = run.config_remedy() if run.saved_steps() else meant if found or others else None
         raise UserError(problem, option="run", remedy=remedy)

@@ -33,6 +33,10 @@ DESCRIPTION = """Report what is wrong here, what to do about it, and what a fit 
 Without options, it checks for the demo. The output contains no token and no folder name, so it can be pasted into an
 issue. Status 0 if nothing would stop a fit (a note does not), else 2. Changes nothing.
 """
+DEFAULTS: dict[str, Any] = {
+    "model.rank": 16, "model.target_modules": "all-linear", "model.optimizer": "adamw", "keep_checkpoints": 2,
+}  # fmt: skip
+"""The options of fit, where they can't be read for want of a package."""
 LISTED = "the accepted options are listed by --help"
 
 
@@ -167,20 +171,19 @@ def _base_and_choices(config: str | None, asked: str | None, run: Path) -> Itera
     except ImportError as error:  # the hub's library comes with transformers and datasets
         yield Finding("problem", f"base: {name} can't be searched for ({surroundings.reason(error)})", INSTALL)
     base = base or _known(name)
-    num_lora, kept, download, states = 0, 2, 0, 2
-    if base:
-        rank, targets = (options["model.rank"], options["model.target_modules"]) if options else (16, "all-linear")
-        num_lora, kept = base.shape.num_lora(rank, targets), options["keep_checkpoints"] if options else kept
+    given = options or DEFAULTS
+    num_lora = base.shape.num_lora(given["model.rank"], given["model.target_modules"]) if base else 0
+    download, states = 0, 2
     try:
         from lit_qlora.model.base import missing_bytes
 
         download = missing_bytes(base) if base else 0
         from lit_qlora.model.optimizer import OPTIMIZERS
 
-        states = OPTIMIZERS[options["model.optimizer"]].states if options else states
+        states = OPTIMIZERS[given["model.optimizer"]].states
     except ImportError:  # reported with its package already
         pass
-    needed = run_folder_bytes(num_lora, kept, states)
+    needed = run_folder_bytes(num_lora, given["keep_checkpoints"], states)
     yield from surroundings.disk("the run folder", run, needed, "give --run on another disk")
     yield from surroundings.disk("the hub's cache", surroundings.hub_cache(), download, "set HF_HOME to another disk")
     if base and options:

@@ -269,7 +269,7 @@ def test_refusals_of_the_hub(monkeypatch, error, words, expect_refusal):
 
 
 def test_a_name_that_the_hub_cannot_have(expect_refusal):
-    expect_refusal("owner/a name", "'owner/a name'", "no config.json")
+    expect_refusal("owner/a name", "no folder 'owner/a name'", "a hub id")
 
 
 def test_offline_and_not_cached():

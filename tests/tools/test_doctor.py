@@ -22,6 +22,8 @@ from peft.import_utils import is_torchao_available
 
 from lit_qlora import demo
 from lit_qlora.cli import main
+from lit_qlora.model.optimizer import OPTIMIZERS
+from lit_qlora.signatures import defaults_of
 from lit_qlora.tools import doctor
 from lit_qlora.tools.doctor import without_private_parts
 from lit_qlora.tools.doctoring import surroundings
@@ -88,6 +90,12 @@ def test_a_base_that_transformers_own_layers_compute(diagnose, tmp_path):
 
 def test_the_readme_s_line():
     assert "`python main.py doctor`" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_what_stands_in_for_options_that_can_not_be_read_are_the_defaults():
+    defaults = defaults_of("fit")
+    assert {name: defaults[name] for name in doctor.DEFAULTS} == doctor.DEFAULTS
+    assert OPTIMIZERS[doctor.DEFAULTS["model.optimizer"]].states == 2
 
 
 def test_help_and_mistakes_are_short(capsys):

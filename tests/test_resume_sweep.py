@@ -218,7 +218,7 @@ QUICK = chosen(("2", "mid-window", "none", "rows", "adamw"))
 
 
 def _every_other(step: int, kind: str) -> bool:
-    """Of even steps one copy: as soon as can be, and as late, by turns; of an epoch's end, the late one."""
+    """One copy of even steps: as soon as can be, and as late, by turns; the late one of an epoch's end."""
     return step % 2 == 0 and kind == ("late", "early")[step // 2 % 2]
 
 

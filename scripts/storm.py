@@ -233,26 +233,27 @@ def main() -> int:
     parser.add_argument("--cold", type=float, default=0.1, help="share of the starts that are python main.py itself")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="settings that take turns; default: all")
     parser.add_argument("--deterministic", action="store_true", help="on a GPU: only so are its bits the same")
+    parser.add_argument("--kills", type=float, default=float("inf"), help="start no run after so many kills")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start counting up no later than this")
     args = parser.parse_args()
-    if min(args.runs, args.jobs) < 1 or not 0 <= args.cold <= 1 or not args.minutes > 0:
-        parser.error("expected --runs and --jobs from 1, --cold from 0 to 1, and --minutes above 0")
+    if min(args.runs, args.jobs) < 1 or not 0 <= args.cold <= 1 or not min(args.kills, args.minutes) > 0:
+        parser.error("expected --runs and --jobs from 1, --cold from 0 to 1, and --kills and --minutes above 0")
     if args.deterministic:
         COMMON.extend(["--trainer.deterministic", "true"])
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": paths}
     folder = Path(tempfile.mkdtemp(prefix="lit_qlora-storm-"))
     os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
-    began, outcomes = time.monotonic(), list[Outcome]()
+    began, outcomes, kills = time.monotonic(), list[Outcome](), Counter[str]()
     if args.cold < 1:
         warm_up()
     for number, outcome in enumerate(all_storms(folder, args)):
         outcomes.append(outcome)
         for problem in outcome.problems[:5]:
             print(f"run {number} ({outcome.variant}, {folder / f'run-{number}'}): {problem[:300]}", flush=True)
-        if time.monotonic() - began > 60 * args.minutes:
+        kills += outcome.kills
+        if kills.total() >= args.kills or time.monotonic() - began > 60 * args.minutes:
             break
-    kills = sum((outcome.kills for outcome in outcomes), Counter[str]())
     same = sum(not outcome.problems for outcome in outcomes)
     phases = ", ".join(f"{phase} {count}" for phase, count in kills.most_common())
     print(f"{same} of {len(outcomes)} runs ended as if never cut, to the last bit")

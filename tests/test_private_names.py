@@ -139,6 +139,7 @@ def _overridden() -> Iterator[tuple[str, str]]:
                         yield _file(path), one
 
 
+@cache
 def _of_self(kind: type) -> list[str]:
     """Private names that the source of a class has of itself; none where it has no source."""
     with suppress(TypeError, OSError):

@@ -192,7 +192,7 @@ def test_a_t4_config_meets_no_bf16(
     monkeypatch.setattr(trainer, "choose_precision", on_a_t4)
     monkeypatch.setattr(training, "QLoRATrainer", OnCpu)
     monkeypatch.setattr(torch.autocast, "__enter__", watched)
-    data = _rows(here / "rows.jsonl")
+    data = _rows(here / "rows.jsonl", 12)
     small = ["--model.base", "demo", "--data.source", str(data), "--data.max_length", "48", "--trainer.max_steps", "2"]
     small += ["--trainer.devices", "1"]
     with _NoBf16():

@@ -326,7 +326,7 @@ for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
 print('ready', flush=True)
 while not times:
     time.sleep(0.02)
-time.sleep(2.5 if rank == 0 else 0.3)  # it saves, and may take longer than what failed gets
+time.sleep(1.7 if rank == 0 else 0.3)  # it saves, and may take longer than what failed gets
 sys.exit(128 + times[0])
 """
 

@@ -340,6 +340,24 @@ def test_a_full_disk_is_one_line_and_the_same_command_resumes(here, slow, capsys
     assert len(read("answers.jsonl")) == 12
 
 
+def test_a_line_that_finds_no_room_is_no_traceback_though_closing_tries_it_again(here, slow, capsys):
+    resource = pytest.importorskip("resource")  # none on Windows
+    assert predict("--batch_size", "2", output="whole.jsonl") == 0
+    capsys.readouterr()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (400, limits[1]))
+    try:
+        assert predict("--batch_size", "2") == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (here / ".answers.jsonl.part").stat().st_size == 400
+    check_line(
+        capsys.readouterr().err, "answers.jsonl.part can't be written (File too large)", begins="error: output: "
+    )
+    assert predict("--batch_size", "2") == 0
+    assert (here / "answers.jsonl").read_bytes() == (here / "whole.jsonl").read_bytes()
+
+
 def test_chance_is_the_seeds_and_another_for_each_batch(here):
     (here / "same.txt").write_text("Who goes everywhere with Silas?\n" * 12)
     drawing = ["--temperature", "1.5", "--batch_size", "4"]

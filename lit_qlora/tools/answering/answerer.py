@@ -91,7 +91,15 @@ class Answerer:
         return lora.load_adapter(model, base, self.adapter, trainable=False)
 
     def answer_ids(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Answer]:
-        """Answer ``prompts``, each of ids as `prompt` makes them, in one batch and in order, as ``sampling`` says."""
+        """Answer prompts, as `prompt` encodes them, in one batch.
+
+        Args:
+            prompts: ids of each prompt, of any lengths.
+            sampling: how tokens are drawn.
+
+        Returns:
+            An answer to each of them, in their order.
+        """
         return [Answer(*self.encoder.answer(ids, sampling.stop)) for ids in self._generate(prompts, sampling)]
 
     def stream(self, conversation: Conversation, sampling: Sampling, show: Callable[[str], bool]) -> Answer:

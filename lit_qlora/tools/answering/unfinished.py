@@ -64,10 +64,16 @@ class Unfinished:
 
     @contextlib.contextmanager
     def open(self, belongs_to: Mapping[str, Any]) -> Iterator[dict[int, Any]]:
-        """Open an unfinished output, or begin one, and yield its finished batches by number.
+        """Open an unfinished output, or begin one.
 
-        ``belongs_to`` is everything that decides the output, by the names of the options. Raises UserError if another
-        process is writing it, it belongs to other things, or it can't be opened.
+        Args:
+            belongs_to: everything that decides the output, by the names of the options.
+
+        Yields:
+            The finished batches by number.
+
+        Raises:
+            UserError: if another process is writing it, it belongs to other things, or it can't be opened.
         """
         try:
             self._file = self.path.open("a+b")
@@ -84,16 +90,26 @@ class Unfinished:
                 self._file.close()
 
     def add(self, number: int, batch: Any) -> None:
-        """Save the answers of ``batch``, as JSON, by its ``number``.
+        """Save a batch.
 
-        Raises UserError if it can't be written; earlier ones are kept.
+        Args:
+            number: its number.
+            batch: its answers, as JSON.
+
+        Raises:
+            UserError: if it can't be written; earlier ones are kept.
         """
         self._write([number, batch])
 
     def finish(self, belongs_to: Mapping[str, Any], output: bytes) -> None:
-        """Write the whole ``output``, and first the record of its origin, ``belongs_to`` as for `open`.
+        """Write the whole output, and first the record of its origin.
 
-        Raises SaveError if it can't be written; the saved batches are kept.
+        Args:
+            belongs_to: as for `open`.
+            output: its content.
+
+        Raises:
+            SaveError: if it can't be written; the saved batches are kept.
         """
         write_file(self.made, json.dumps({**belongs_to, "sha256": _digest(output)}))
         write_file(self.target, output)

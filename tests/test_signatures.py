@@ -162,7 +162,7 @@ def test_a_mistake_of_another_verbs_own_option_is_found_first(
         ("fit", "--data.template=bse", "'base'"), ("fit", "--data.template=page.jsnl", "'page.jsonl'"),
         ("fit", "--model.optimizer=adamw8bit", "'adamw_8bit'"), ("fit", "--trainer.accelerator=cpuu", "'cpu'"),
         ("fit", "--trainer.gradient_clip_algorithm=nrm", "'norm'"), ("fit", "--data.packing=ture", "'true'"),
-        ("fit", "--model.cuda_graphs=atuo", "'auto'"), ("fit", "--model.base=dmo", "demo"),
+        ("fit", "--model.cuda_graphs=atuo", "'auto'"), ("fit", "--model.base=dmo", "'demo'"),
         ("fit", "--data.source=dmo", "'demo'"),
         ("inspect", "--accept=speciall", "'special'"),
     ],

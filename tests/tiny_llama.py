@@ -170,7 +170,7 @@ def memory_events(run):
     activities = [torch.profiler.ProfilerActivity.CPU]
     gc.disable()
     try:
-        with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
             result = run()
     finally:
         gc.enable()

@@ -206,7 +206,8 @@ def test_the_peak_of_the_loss(num_rows):
     step = Step(shape, num_rows, num_rows)
     given = num_rows * 16 * (4 + 2 + 2)  # the last norm, hidden states and scored ones come from outside
     expected = memory.loss_bytes(step) - given
-    assert peak_bytes(lambda: summed_cross_entropy(hidden, head, ids)) == pytest.approx(expected, rel=0.02)
+    # Beside some kernels' own scratch, half a MiB with torch 2.11.
+    assert peak_bytes(lambda: summed_cross_entropy(hidden, head, ids)) == pytest.approx(expected, abs=2**20)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

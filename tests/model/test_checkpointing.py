@@ -84,7 +84,7 @@ def test_selective_multiplies_nothing_twice_and_changes_no_bit(make_model, gradi
     found, counts = {}, {}
     for mode in ("none", "selective", "full"):
         model = make_model(checkpointing=mode, dropout=0.1)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
             found[mode] = gradients(model)
         dequantised = [event.count for event in profile.key_averages() if event.key == "bitsandbytes::dequantize_4bit"]
         counts[mode] = sum(dequantised)

@@ -14,8 +14,6 @@ _SECRET_NAME = (
 """Names of options, and of parameters in a URL, that hold secrets."""
 _VOCABULARY = r"(?:\w+_)?(?:bos|eos|pad|unk|sep|cls|mask)_token"
 """Names of options that are about a token of the tokenizer, and hold no secret."""
-HUB_TOKEN = r"\b(?:hf_(?:oauth_)?|api_org_)\w{20,}"
-"""A token of the hub, as it is written."""
 _NONE = ("", "null", "none", "~", "true", "false", "0")
 """Values that are no secret under any name, such as the default of a callback's own argument, which a run keeps."""
 _SCHEME = r"\w[\w+.-]{1,30}:/{1,2}"  # pathlib may have taken a slash
@@ -26,9 +24,8 @@ _SECRETS = (
     re.compile(rf"""((?:{_SCHEME}|//)(?:[^\s'"]*/)?)[^\s'"/:@]*:(?!\d+(?:/|$))[^\s'"]+(?=@)"""),
     # ?token=… of one, and a signature.
     re.compile(rf"""([?&;#](?:{_SECRET_NAME}|key|auth|pass|jwt)=)[^&;#\s'"]+""", re.IGNORECASE),
-    re.compile(f"(){HUB_TOKEN}"),
-    # Tokens of other services.
-    re.compile(r"\b()(?:gh[opsur]_|github_pat_)\w{20,}"),
+    # Tokens of the hub and other services.
+    re.compile(r"\b()(?:hf_(?:oauth_)?|api_org_|gh[opsur]_|github_pat_)\w{20,}"),
     re.compile(r"\b()(?:glpat-[\w-]{20,}|AKIA[0-9A-Z]{16}\b|xox[abeprs]-[\w-]{20,}|AIza[\w-]{35})"),
     re.compile(r"\b()sk-(?=[\w-]*\d)(?=[\w-]*[A-Z])[\w-]{20,}"),
     re.compile(r"\b()eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]{10,}"),

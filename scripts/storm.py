@@ -236,7 +236,7 @@ def main() -> int:
     parser.add_argument("--kills", type=float, default=float("inf"), help="start no run after so many kills")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start counting up no later than this")
     args = parser.parse_args()
-    if min(args.runs, args.jobs) < 1 or not 0 <= args.cold <= 1 or not min(args.kills, args.minutes) > 0:
+    if min(args.runs, args.jobs) < 1 or not 0 <= args.cold <= 1 or not (args.kills > 0 and args.minutes > 0):
         parser.error("expected --runs and --jobs from 1, --cold from 0 to 1, and --kills and --minutes above 0")
     if args.deterministic:
         COMMON.extend(["--trainer.deterministic", "true"])

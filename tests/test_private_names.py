@@ -121,7 +121,9 @@ def _last_name(node: ast.expr) -> str:
 
 def _is_self(node: ast.expr) -> bool:
     """True for ``self``, ``cls`` and ``super()``."""
-    return _last_name(node.func if isinstance(node, ast.Call) else node) in ("self", "cls", "super")
+    if isinstance(node, ast.Call):
+        return isinstance(node.func, ast.Name) and node.func.id == "super"
+    return isinstance(node, ast.Name) and node.id in ("self", "cls")
 
 
 def _overridden() -> Iterator[tuple[str, str]]:

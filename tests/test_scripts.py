@@ -14,6 +14,7 @@ from scripts import address, notebook, pages, pin, screenshots, storm
         (storm, "--jobs 0", "--jobs"),
         (storm, "--cold 2", "--cold"),
         (storm, "--cold nan", "--cold"),
+        (storm, "--minutes nan", "--minutes"),
         (storm, "--kills 0", "--kills"),
         (storm, "--minutes -1", "--minutes"),
         (pin, "", "give --write FILE or --compare FILE"),

@@ -95,18 +95,23 @@ class UpdateGuard(StepCallback):
             raise UserError(
                 f"the loss of step {trainer.global_step + 1} is not finite ({self.nonfinite_in_a_row} "
                 f"in a row), with training rows {self._step_rows} ({trainer.precision})",
-                remedy=self._remedy(),
+                remedy=self._remedy(str(trainer.precision)),
             )
 
-    def _remedy(self) -> str:
+    def _remedy(self, precision: str) -> str:
         if self._base_is_broken and not self.num_applied:
+            reasons, ways = ["the base is broken"], ["give another copy with --model.base"]
+            if precision != "32-true":
+                reasons.append("overflows in this precision")
+                ways.append("--trainer.precision 32-true")
             return (
-                "nor was the held-out loss, before any update: the base is broken, or overflows in this precision; "
-                "in a new run (--run NAME), give another copy with --model.base, or --trainer.precision 32-true"
+                f"nor was the held-out loss, before any update: {', or '.join(reasons)}; "
+                f"in a new run (--run NAME), {', or '.join(ways)}"
             )
         return (
             "the update was not applied, and what is saved is sound; look at these rows, leave such steps out, a few "
-            "in a row, with --max_nonfinite_losses 4, with which this run resumes, or try a lower "
+            f"in a row, with --max_nonfinite_losses {max(4, 2 * self.max_nonfinite_losses)}, with which this run "
+            "resumes, or try a lower "
             "--model.learning_rate or a longer --model.warmup_ratio in a new run: --run NAME"
         )
 

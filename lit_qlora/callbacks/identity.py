@@ -89,7 +89,7 @@ class RunIdentity(Callback):
         if now["steps"] < was["steps"]:
             before, given = (one.get("trainer", {}) for one in (was["settings"], self.settings))
             changes = [name for name in LENGTH if before.get(name) != given.get(name)]
-            length = " ".join(f"--trainer.{name} {before.get(name) or 'null'}" for name in changes) or "its length"
+            length = " ".join(f"--trainer.{name} {before.get(name, -1)}" for name in changes) or "its length"
             raise UserError(
                 f"it has {was['steps']} optimizer steps, and is asked for {now['steps']}",
                 option="run",

@@ -319,7 +319,7 @@ def read_record(folder: Path) -> dict[str, Any]:
             raise UserError(
                 f"its {RECORD} does not name its base: it was altered", place=folder, remedy=lora_config.AS_SAVED
             )
-        _check_unaltered(folder, record, f"{lora_config.AS_SAVED}, or, if that was meant, delete its {RECORD}, too")
+        _check_unaltered(folder, record, f"{lora_config.AS_SAVED}, or, if that was meant, delete its {RECORD}")
     else:
         of = config.get("base_model_name_or_path")
         record["base"] = of if isinstance(of, str) and of.strip() else None

@@ -6,9 +6,11 @@ What is in it is written by others.
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from shlex import quote
 
 from lit_qlora.console import complain
 from lit_qlora.errors import UserError
+from lit_qlora.place import COMMAND
 from lit_qlora.storage.folders import (
     ADAPTER_CONFIG,
     RESULT,
@@ -27,9 +29,11 @@ def is_adapter(folder: Path) -> bool:
 
 
 def remedy_of_damage(adapter: Path) -> str:
-    """What to do about a damaged ``adapter``: a run's best is restored from its copy by the next fit."""
-    run = RunFolder(adapter.parent)
-    return "fit again, which restores it" if adapter == run.adapter and is_adapter(run.adapter_copy) else "take another"
+    """What to do about a damaged ``adapter``: a run's best is restored from its intact copy by its next fit."""
+    folder = adapter if adapter.name else adapter.resolve()
+    run = RunFolder(folder.parent)
+    is_restored = folder == run.adapter and _copy(run, None, lambda step: True) is not None
+    return f"'{COMMAND} fit --run {quote(str(run.path))}' restores it" if is_restored else "take another"
 
 
 def require_trained(run: RunFolder, option: str, names_one: str, remedy: str) -> None:

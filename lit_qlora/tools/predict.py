@@ -132,8 +132,11 @@ def _answer_all(
                 continue
             answers = _answer_batch(answerer, [ids[place] for place in places], sampling, number)
             if answered == before and _adapter_digest(answerer.adapter) != belongs_to["adapter"]:  # by now it is loaded
-                problem = f"{answerer.adapter} was replaced by a running training meanwhile"
-                raise UserError(f"predict: {problem}, and no answer is kept", remedy="give the command again")
+                raise UserError(
+                    f"predict: {answerer.adapter} was replaced meanwhile, as by its run's training, and "
+                    + (f"{before} answers are of the one before" if before else "no answer is kept"),
+                    remedy="give another name for the answers of this one" if before else "give the command again",
+                )
             done[number] = [[answer.text, answer.stopped] for answer in answers]
             unfinished.add(number, done[number])
             bar.update(len(places))

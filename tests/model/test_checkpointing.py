@@ -73,7 +73,7 @@ def test_a_layer_keeps_its_input_only():
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
             layer(torch.ones(3, 8, requires_grad=True))
-        return len(kept)
+        return sum(tensor.numel() > 0 for tensor in kept)  # torch 2.11 keeps an empty one, too
 
     assert num_kept("full") == 1
     assert num_kept("none") > 2

@@ -113,7 +113,8 @@ def test_the_last_layers_keep_and_the_others_keep_their_input_only(make_model):
     inner = model.get_base_model().model
     hidden = inner.embed_tokens(torch.randint(3, 512, (B, T)))
     places = find_places(inner.rotary_emb, hidden, ())
-    last = run_layers(extract_layers(model), hidden, places, kept_layers=1).grad_fn
+    out = run_layers(extract_layers(model), hidden, places, kept_layers=1)
+    last = out.grad_fn  # in torch 2.11, for as long as its tensor is there
     first = last.next_functions[0][0]
     assert first.kept == [None]
     assert [tuple(tensor.shape) for tensor in first.saved_tensors[:1]] == [(B, T, 64)]

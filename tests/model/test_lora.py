@@ -417,7 +417,7 @@ def test_a_broken_record(load, tiny, adapter, text, message):
 )
 def test_a_config_that_says_something_else_than_the_record(adapter, changes, expected, expect_error):
     edit(adapter / "adapter_config.json", **changes)
-    expect_error(lambda: read_record(adapter), "altered", expected, "delete its lit_qlora.json, too", place=adapter)
+    expect_error(lambda: read_record(adapter), "altered", expected, "delete its lit_qlora.json", place=adapter)
 
 
 def test_without_its_record_a_config_that_was_edited_is_taken_as_peft_would(adapter):

@@ -201,9 +201,10 @@ def test_an_altered_adapter_is_refused_before_the_base_is_loaded(here, trained, 
         assert main(["chat", "--prompt", "x", *chosen]) == 2
         err = capsys.readouterr().err
         assert "adapter_model.safetensors" in err and "the adapter was altered or cut short after it was saved" in err
-        assert err.endswith("; fit again, which restores it, or, if that was meant, delete its manifest.json\n")
+        restored = "'python main.py fit --run copy' restores it"
+        assert err.endswith(f"; {restored}, or, if that was meant, delete its manifest.json\n")
         assert err.count("\n") == 1
-    shutil.rmtree("copy/adapter.copy")
+    shutil.copytree("copy/adapter", "copy/adapter.copy", dirs_exist_ok=True)  # which is no remedy then
     assert main(["chat", "--prompt", "x", "--run", "./copy"]) == 2
     assert "; take another, or, if that was meant, delete its manifest.json\n" in capsys.readouterr().err
 

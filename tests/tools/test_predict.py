@@ -244,6 +244,36 @@ def test_an_adapter_that_is_replaced_while_it_is_loaded_is_asked_for_again(here,
     assert capsys.readouterr().err == "", "nothing was kept, to be resumed"
 
 
+def test_of_an_adapter_that_is_replaced_in_a_resume_the_answers_before_are_said_to_be_another_s(
+    here, trained, capsys, monkeypatch
+):
+    adapter, answered = Path(shutil.copytree(trained / "adapter", here / "adapter")), []
+    (adapter / MANIFEST).unlink()
+
+    def once(*given):
+        if answered:
+            raise KeyboardInterrupt
+        answered.append(given)
+        return Slow.answer_ids(*given)
+
+    def replaced(*given):
+        with (adapter / "adapter_config.json").open("a") as file:
+            file.write("\n")
+        return Slow.answer_ids(*given)
+
+    monkeypatch.setattr(Answerer, "answer_ids", once)
+    with pytest.raises(KeyboardInterrupt):
+        predict("--adapter", str(adapter))
+    monkeypatch.setattr(Answerer, "answer_ids", replaced)
+    capsys.readouterr()
+    assert predict("--adapter", str(adapter)) == 2
+    _, error = capsys.readouterr().err.splitlines()
+    check_line(f"{error}\n", str(adapter), "8 answers are of the one before", "another name", begins="error: predict: ")
+    assert predict("--adapter", str(adapter), output="others.jsonl") == 2, "it is replaced once more"
+    monkeypatch.setattr(Answerer, "answer_ids", Slow.answer_ids)
+    assert predict("--adapter", str(adapter), output="others.jsonl") == 0
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -632,6 +662,8 @@ def test_too_much_for_the_memory_is_one_line(here, capsys, monkeypatch):
     monkeypatch.setattr(Answerer, "answer_ids", full)
     assert predict() == 2
     assert capsys.readouterr().err.startswith("error: batch_size: too much for the memory: 8 prompts of up to ")
+    with (here / ".answers.jsonl.part").open("ab") as file:
+        file.write(TORN)
     monkeypatch.setattr(Answerer, "answer_ids", Slow.answer_ids)
     assert predict("--batch_size", "4") == 0, "nothing was answered in other batches"
 

@@ -120,7 +120,7 @@ class Unfinished:
         header, *lines = [*self._file] or [b""]
         was = _parsed_line(header)
         # Nothing was begun, or ended within its first line or before the first answers: for want of memory, say.
-        if not header.endswith(b"\n") or (isinstance(was, dict) and not lines):
+        if not header.endswith(b"\n") or (isinstance(was, dict) and not any(line.endswith(b"\n") for line in lines)):
             self._file.truncate(0)
             self._write(belongs_to)
             return {}

@@ -33,6 +33,7 @@ def cuda(monkeypatch):
     """A card whose peaks the test sets, in GiB; both start anew with a phase, as torch's do."""
     card = {"allocated": 0.0, "reserved": 0.0}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)  # a build for CUDA asks its driver
     # Which torch's optimizers ask by themselves, in a build for CUDA.
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: card["allocated"] * GIB)

@@ -354,7 +354,7 @@ def test_one_that_is_stopped_before_all_have_met_stops_the_others(rank: int, han
     ("options", "words"),
     [
         ("--trainer.devices 99999", ["trainer.devices: expected at most", "processes on a CPU, got 99999"]),
-        ("--trainer.accelerator auto --trainer.devices 99", ["trainer.devices: expected at most", "got 99", "give"]),
+        ("--trainer.accelerator auto --trainer.devices 99999", ["trainer.devices: expected at most", "got 99", "give"]),
         ("--trainer.devices [0,1]", ["trainer.devices: expected 1, for a CPU has no number, got [0, 1]"]),
         ("--trainer.devices 3", ["trainer.devices: 3, and a step has 1 micro-batch", "accumulate_grad_batches 3"]),
         (

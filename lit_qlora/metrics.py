@@ -27,7 +27,7 @@ class Metric(NamedTuple):
         bar: Title of its highest value in the report's chart of memory.
         starts_at_zero: True if the axis of its chart does.
         is_logged: True if a script's fit logs it, for callbacks to monitor; a held-out one always is.
-        formula: How it is computed; None for what comes otherwise than from `figures_of`.
+        formula: How `figures_of` computes it; None for a figure that is measured or counted.
     """
 
     tag: str = ""

@@ -111,8 +111,7 @@ class UpdateGuard(StepCallback):
         return (
             "the update was not applied, and what is saved is sound; look at these rows, leave such steps out, a few "
             f"in a row, with --max_nonfinite_losses {max(4, 2 * self.max_nonfinite_losses)}, with which this run "
-            "resumes, or try a lower "
-            "--model.learning_rate or a longer --model.warmup_ratio in a new run: --run NAME"
+            "resumes, or try a lower --model.learning_rate or a longer --model.warmup_ratio in a new run: --run NAME"
         )
 
     def on_step_end(self, trainer: Trainer, module: object) -> None:

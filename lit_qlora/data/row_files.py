@@ -30,7 +30,8 @@ _NAME_IT = 'name it after what it holds, such as rows.jsonl, or write each text 
 SHEETS = (".xlsx", ".xls", ".ods")
 INSTEAD = {".txt": _NAME_IT, "": _NAME_IT} | dict.fromkeys(SHEETS, "save it as .csv, in UTF-8")
 """Remedies for files of other endings."""
-TABLES = (".csv", ".tsv", ".parquet", ".feather", ARROW, *SHEETS)
+_TABLES = (".csv", ".parquet", ARROW)
+TABLES = (*_TABLES, *(name for name, one in OTHER_NAMES.items() if one in _TABLES), *SHEETS)
 """Endings of files that hold no JSON, and neither lines of text nor YAML."""
 COMPRESSED = (*PACKED, ".zip", ".tar", ".tgz", ".7z")
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}

@@ -206,8 +206,8 @@ def test_the_peak_of_the_loss(num_rows):
     step = Step(shape, num_rows, num_rows)
     given = num_rows * 16 * (4 + 2 + 2)  # the last norm, hidden states and scored ones come from outside
     expected = memory.loss_bytes(step) - given
-    # Beside some kernels' own scratch, half a MiB with torch 2.11.
-    assert peak_bytes(lambda: summed_cross_entropy(hidden, head, ids)) == pytest.approx(expected, abs=2**20)
+    peak = peak_bytes(lambda: summed_cross_entropy(hidden, head, ids))
+    assert 0.98 * expected < peak < 1.02 * expected + 2**19  # a kernel's own scratch, with torch 2.11
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
